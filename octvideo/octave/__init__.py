@@ -1,0 +1,29 @@
+"""The octave operator: two-frequency features and the layers over them. Imports torch only."""
+
+from octvideo.octave.conv import OctConv2d, OctConv3d
+from octvideo.octave.feature import (
+    Feature,
+    Octave,
+    average_pool,
+    global_average_pool,
+    lift,
+    split_channels,
+    upsample,
+)
+from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, OctMaxPool2d, OctMaxPool3d
+
+__all__ = [
+    "Feature",
+    "OctBatchNorm2d",
+    "OctBatchNorm3d",
+    "OctConv2d",
+    "OctConv3d",
+    "OctMaxPool2d",
+    "OctMaxPool3d",
+    "Octave",
+    "average_pool",
+    "global_average_pool",
+    "lift",
+    "split_channels",
+    "upsample",
+]

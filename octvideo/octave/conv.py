@@ -1,0 +1,275 @@
+"""OctConv2d and OctConv3d: convolutions over two frequencies with ONE weight of the vanilla shape.
+
+    Y_H = f(X_H; W_HH) + upsample(f(X_L; W_LH))
+    Y_L = f(X_L; W_LL) + f(pool(X_H); W_HL)                         (paper, equation 4)
+
+The four kernels are blocks of `weight` [C_out, C_in / groups, *kernel], high channels before low in both:
+
+                 C_in_high   C_in_low
+    C_out_high     W_HH        W_LH
+    C_out_low      W_HL        W_LL
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t, _size_3_t
+from torch.nn.modules.conv import _ConvNd
+
+from octvideo.octave.feature import (
+    Feature,
+    Octave,
+    average_pool,
+    require_feature,
+    split_channels,
+    upsample,
+)
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class _OctConv(_ConvNd):
+    """What OctConv2d and OctConv3d share; mixed in before nn.Conv2d / nn.Conv3d."""
+
+    alpha_in: float
+    alpha_out: float
+    pool: tuple[int, ...]
+
+    def _split(self, alpha_in: float, alpha_out: float, pool: Sequence[int]) -> None:
+        self.alpha_in, self.alpha_out = float(alpha_in), float(alpha_out)
+        self.pool = _checked_pool(pool, dims=len(self.kernel_size))
+        self.in_high, self.in_low = split_channels(self.in_channels, self.alpha_in)
+        self.out_high, self.out_low = split_channels(self.out_channels, self.alpha_out)
+        self.depthwise = self.groups == self.in_channels > 1
+        self._pads = self._resolve_padding()
+        self._check()
+
+    def _resolve_padding(self) -> tuple[int, ...]:
+        if isinstance(self.padding, str):
+            same = (d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+            return tuple(same) if self.padding == "same" else (0,) * len(self.kernel_size)
+        return tuple(self.padding)
+
+    def _check(self) -> None:
+        name = type(self).__name__
+        if any(s not in (1, 2) for s in self.stride):
+            raise ValueError(
+                f"{name}: stride {self.stride}; an octave layer strides by pooling, by 1 or 2 per dimension"
+            )
+        if not self.in_low and not self.out_low:
+            return
+        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        for axis, factor in enumerate(self.pool):
+            if factor > 1 and 2 * self._pads[axis] != reach[axis]:
+                raise ValueError(
+                    f"{name}: kernel {self.kernel_size} with padding {self._pads} and dilation {self.dilation} "
+                    f"changes the size in dimension {axis}, where low is half of high: the halves would not "
+                    f"fit; padding there must be dilation * (kernel - 1) / 2 = {reach[axis] / 2:g}"
+                )
+        splits = (self.in_high, self.in_low, self.out_high, self.out_low)
+        if self.depthwise:
+            multiplier = self.out_channels // self.in_channels
+            if (self.out_high, self.out_low) != (multiplier * self.in_high, multiplier * self.in_low):
+                raise ValueError(
+                    f"{name}: a depthwise layer has no paths between frequencies, so its output splits as its "
+                    f"input does; in {self.in_high} + {self.in_low} channels (alpha_in {self.alpha_in}), "
+                    f"out {self.out_high} + {self.out_low} (alpha_out {self.alpha_out})"
+                )
+        elif any(channels % self.groups for channels in splits):
+            raise ValueError(
+                f"{name}: {self.groups} groups do not divide the split of in {self.in_high} + {self.in_low} and "
+                f"out {self.out_high} + {self.out_low} channels (high + low; alpha_in {self.alpha_in}, "
+                f"alpha_out {self.alpha_out})"
+            )
+
+    def forward(self, x: Feature) -> Feature:
+        """x: [N, C_in, ...] when alpha_in gives no low channels, else Octave; returns likewise for alpha_out.
+
+        Stride 2 is a 2-wide average pooling before a convolution of stride 1 (the authors' code), in every octave
+        layer, also at alpha 0.
+        """
+        one_frequency = not self.in_low and not self.out_low
+        if one_frequency and all(s == 1 for s in self.stride) and isinstance(x, Tensor):
+            return self._conv_forward(x, self.weight, self.bias)  # the parent, bit for bit
+        require_feature(x, self.in_high, self.in_low, self.pool, type(self).__name__)
+        if one_frequency:
+            assert isinstance(x, Tensor)
+            return self._convolve(average_pool(x, self.stride), self.weight, self.bias)
+        high, low = x if isinstance(x, Octave) else (x, None)
+        size = self._output_size(high)
+        y_high, y_low = self._from_high(high)
+        if low is not None:
+            y_high, y_low = self._add_low(y_high, y_low, low, size)
+        if not self.out_low:
+            assert y_high is not None
+            return y_high
+        assert y_low is not None
+        if y_high is None:
+            y_high = y_low.new_empty(y_low.shape[0], 0, *size)
+        return Octave(y_high, y_low)
+
+    def _output_size(self, high: Tensor) -> tuple[int, ...]:
+        geometry = zip(high.shape[2:], self.stride, self._pads, self.kernel_size, self.dilation, strict=True)
+        return tuple(-(-size // s) + 2 * p - d * (k - 1) for size, s, p, k, d in geometry)
+
+    def _from_high(self, high: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """H->H and H->L; both read the strided map, and the bias of each output rides here."""
+        if not self.in_high:
+            return None, None
+        columns = self.in_high // self.groups if not self.depthwise else 1
+        high = average_pool(high, self.stride)
+        y_high = y_low = None
+        if self.out_high:
+            weight = self.weight[: self.out_high, :columns]
+            y_high = self._convolve(high, weight, self._bias(0, self.out_high))
+        if self.out_low and not self.depthwise:
+            weight = self.weight[self.out_high :, :columns]
+            bias = self._bias(self.out_high, self.out_channels)
+            y_low = self._convolve(average_pool(high, self.pool), weight, bias)
+        return y_high, y_low
+
+    def _add_low(
+        self, y_high: Tensor | None, y_low: Tensor | None, low: Tensor, size: tuple[int, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """L->H and L->L on top of what the high map gave."""
+        if self.depthwise:
+            bias = self._bias(self.out_high, self.out_channels)
+            return y_high, self._convolve(average_pool(low, self.stride), self.weight[self.out_high :], bias)
+        weight = self.weight[:, self.in_high // self.groups :]
+        bias = None if self.in_high else self.bias
+        # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
+        to_high = tuple(max(s // p, 1) for s, p in zip(self.stride, self.pool, strict=True))
+        if to_high == self.stride and self.groups == 1:
+            both = self._convolve(average_pool(low, self.stride), weight, bias)
+            from_low = both.split((self.out_high, self.out_low), dim=1)
+        else:
+            biases = (None, None) if bias is None else bias.split((self.out_high, self.out_low))
+            weights = weight.split((self.out_high, self.out_low))
+            pools = (to_high, self.stride)
+            from_low = tuple(
+                self._convolve(average_pool(low, pool), w, b) if w.shape[0] else low.new_empty(0)
+                for pool, w, b in zip(pools, weights, biases, strict=True)
+            )
+        if self.out_high:
+            upsampled = upsample(from_low[0], size)
+            y_high = upsampled if y_high is None else y_high + upsampled
+        if self.out_low:
+            y_low = from_low[1] if y_low is None else y_low + from_low[1]
+        return y_high, y_low
+
+    def _bias(self, start: int, stop: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[start:stop]
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = F.conv3d if len(self.kernel_size) == 3 else F.conv2d
+        # In a depthwise layer every path has one group per channel of its own.
+        groups = x.shape[1] if self.depthwise else self.groups
+        padding = self._pads
+        if self.padding_mode != "zeros":
+            x = F.pad(x, [p for p in reversed(self._pads) for _ in range(2)], mode=self.padding_mode)
+            padding = (0,) * len(self._pads)
+        return convolve(x, weight, bias, 1, padding, self.dilation, groups)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha_in={self.alpha_in}, alpha_out={self.alpha_out}, pool={self.pool}"
+
+
+def _checked_pool(pool: Sequence[int], dims: int) -> tuple[int, ...]:
+    pool = tuple(pool)
+    if len(pool) != dims or any(p not in (1, 2) for p in pool) or 2 not in pool:
+        raise ValueError(f"pool is {pool}; it gives 1 or 2 for each of {dims} dimensions, with at least one 2")
+    return pool
+
+
+class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
+    """nn.Conv2d over two frequencies; same parameters, same state dict.
+
+    Args beyond nn.Conv2d's: alpha_in, alpha_out: share of low channels, 0 to 1 (0: a plain tensor on that side).
+    pool: factor between the frequencies in (H, W).
+    Raises ValueError for what cannot work: a split that groups do not divide, stride above 2, padding that changes
+    a pooled dimension, alpha out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha_in: float = 0.0,
+        alpha_out: float = 0.0,
+        pool: Sequence[int] = (2, 2),
+    ) -> None:
+        nn.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._split(alpha_in, alpha_out, pool)
+
+
+class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
+    """nn.Conv3d over two frequencies; same parameters, same state dict.
+
+    Args beyond nn.Conv3d's: alpha_in, alpha_out: share of low channels, 0 to 1 (0: a plain tensor on that side).
+    pool: factor between the frequencies in (T, H, W): (1, 2, 2) is the paper's spatial octave, (2, 2, 2) the
+    temporal-spatial one.
+    Raises ValueError for what cannot work: a split that groups do not divide, stride above 2, padding that changes
+    a pooled dimension, alpha out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_3_t,
+        stride: _size_3_t = 1,
+        padding: str | _size_3_t = 0,
+        dilation: _size_3_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha_in: float = 0.0,
+        alpha_out: float = 0.0,
+        pool: Sequence[int] = (1, 2, 2),
+    ) -> None:
+        nn.Conv3d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._split(alpha_in, alpha_out, pool)

@@ -1,0 +1,144 @@
+"""Two-frequency feature maps and the laws of pooling and upsampling between the frequencies.
+
+A plain tensor means one frequency; `Octave(high, low)` means two. Layers take and give either.
+Axes: N batch, C channels, T frames, H W space (no T in 2D).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Octave(NamedTuple):
+    """A feature map in two frequencies (paper, section 3.1).
+
+    high: [N, C_high, (T,) H, W]. With alpha = 1 it has no channels but still carries the size.
+    low:  [N, C_low, (T_low,) H_low, W_low], each size ceil(size / 2) where it is pooled.
+    """
+
+    high: Tensor
+    low: Tensor
+
+    def __repr__(self) -> str:
+        return f"Octave(high={tuple(self.high.shape)}, low={tuple(self.low.shape)}, {self.high.dtype})"
+
+
+Feature = Tensor | Octave
+
+
+def split_channels(channels: int, alpha: float) -> tuple[int, int]:
+    """(high, low) channel counts: low = int(alpha * channels), as in the authors' code; no rounding to 8.
+
+    A layer carries two frequencies exactly when low > 0.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it is the share of low-frequency channels, from 0 to 1")
+    low = int(alpha * channels)
+    return channels - low, low
+
+
+def low_size(size: Sequence[int], pool: Sequence[int]) -> tuple[int, ...]:
+    """Size of the low map that belongs to a high map: ceil(size / pool) in each dimension."""
+    return tuple(math.ceil(s / p) for s, p in zip(size, pool, strict=True))
+
+
+def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Average pooling with stride = kernel, ceil_mode, over the values that exist: size -> ceil(size / kernel).
+
+    x: [N, C, H, W] with kernel (kh, kw) or [N, C, T, H, W] with kernel (kt, kh, kw). An odd size keeps its last
+    row as it is, and a size of 1 stays 1.
+    """
+    if all(k == 1 for k in kernel):
+        return x
+    if x.shape[1] == 0:
+        return x.new_empty(*x.shape[:2], *low_size(x.shape[2:], kernel))
+    if x.dim() == 4:
+        return _average_pool2d(x, tuple(kernel))
+    time, height, width = kernel
+    # Space and time are pooled apart, both by avg_pool2d: averages over boxes separate, and avg_pool3d has neither
+    # a half-precision kernel on CPUs nor a channels_last_3d one.
+    if (height, width) != (1, 1):
+        x = _pool_space(x, (height, width))
+    if time != 1:
+        # [N, C, T, H, W] -> [N, C, T, H*W], a view in both memory formats
+        x = _average_pool2d(x.flatten(3), (time, 1)).unflatten(3, x.shape[3:])
+    return x
+
+
+def _pool_space(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    n, c, t = x.shape[:3]
+    if x.is_contiguous(memory_format=torch.channels_last_3d):
+        # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and its pooled map goes back as one
+        pooled = _average_pool2d(x.transpose(1, 2).flatten(0, 1), kernel)
+        return pooled.unflatten(0, (n, t)).transpose(1, 2)
+    # [N, C, T, H, W] -> [N, C*T, H, W]
+    return _average_pool2d(x.flatten(1, 2), kernel).unflatten(1, (c, t))
+
+
+def _average_pool2d(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
+
+
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest upsampling of a low map to the high map's size: y[i] = x[i // 2], odd sizes cropped.
+
+    F.interpolate computes floor(i * ceil(s / 2) / s) for the index, which is i // 2 for every size s.
+    """
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="nearest")
+
+
+def lift(fn: Callable[..., Tensor], *features: Feature) -> Feature:
+    """Apply fn to each frequency: lift(relu, x), lift(torch.add, x, y). All features have one or all have two."""
+    octaves = [f for f in features if isinstance(f, Octave)]
+    if not octaves:
+        return fn(*features)
+    if len(octaves) != len(features):
+        raise ValueError(f"one-frequency and two-frequency maps cannot be combined: {describe(*features)}")
+    return Octave(fn(*(f.high for f in octaves)), fn(*(f.low for f in octaves)))
+
+
+def global_average_pool(x: Feature) -> Tensor:
+    """[N, C, ...] or Octave -> [N, C]: the mean over space and time of each channel, high channels first."""
+    if isinstance(x, Octave):
+        return torch.cat([x.high.flatten(2).mean(2), x.low.flatten(2).mean(2)], dim=1)
+    return x.flatten(2).mean(2)
+
+
+def require_feature(x: Feature, high: int, low: int, pool: Sequence[int], layer: str) -> None:
+    """Raise a ValueError that names the numbers unless x is what a layer with these channels takes.
+
+    high, low: channel counts, low = 0 for one frequency. pool: per-dimension factor between the frequencies.
+    """
+    if not low:
+        if isinstance(x, Octave):
+            raise ValueError(f"{layer} takes one frequency of {high} channels (alpha 0), but got {describe(x)}")
+        if x.dim() != len(pool) + 2 or x.shape[1] != high:
+            raise ValueError(f"{layer} takes {len(pool) + 2} dimensions and {high} channels, but got {describe(x)}")
+        return
+    if not isinstance(x, Octave):
+        raise ValueError(f"{layer} takes Octave(high, low) of {high} + {low} channels, but got {describe(x)}")
+    if x.high.dim() != len(pool) + 2 or x.low.dim() != len(pool) + 2:
+        raise ValueError(f"{layer} takes maps of {len(pool) + 2} dimensions, but got {describe(x)}")
+    if (x.high.shape[1], x.low.shape[1]) != (high, low):
+        raise ValueError(f"{layer} takes {high} high and {low} low channels, but got {describe(x)}")
+    if x.high.shape[0] != x.low.shape[0]:
+        raise ValueError(f"{layer} takes the same batch in high and low, but got {describe(x)}")
+    expected = low_size(x.high.shape[2:], pool)
+    if tuple(x.low.shape[2:]) != expected:
+        raise ValueError(
+            f"{layer} pools by {tuple(pool)}: a high map of size {tuple(x.high.shape[2:])} belongs to a low map "
+            f"of size {expected}, but got {describe(x)}"
+        )
+
+
+def describe(*features: Feature) -> str:
+    """Shapes for an error message."""
+    return ", ".join(repr(f) if isinstance(f, Octave) else f"a tensor {tuple(f.shape)}" for f in features)

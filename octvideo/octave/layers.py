@@ -1,0 +1,131 @@
+"""Layers over two frequencies that keep state or change size; stateless ones (ReLU, dropout) go through `lift`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from octvideo.octave.feature import Feature, Octave, low_size, require_feature, split_channels
+
+
+class _OctBatchNorm(_BatchNorm):
+    """One vector per statistic, as in the vanilla norm; its first part normalizes high, the rest low."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float = 0.0,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.alpha = float(alpha)
+        self.high, self.low = split_channels(num_features, self.alpha)
+
+    def forward(self, x: Feature) -> Feature:  # type: ignore[override]
+        """x: [N, C, ...] when alpha gives no low channels, else Octave of C_high + C_low channels."""
+        if not isinstance(x, Octave) and not self.low:
+            return super().forward(x)
+        if not isinstance(x, Octave) or (x.high.shape[1], x.low.shape[1]) != (self.high, self.low):
+            require_feature(x, self.high, self.low, (1,) * (_first(x).dim() - 2), type(self).__name__)
+        assert isinstance(x, Octave)
+        self._check_input_dim(x.high)
+        self._check_input_dim(x.low)
+        momentum = self._step_momentum()
+        high = self._normalize(x.high, slice(0, self.high), momentum) if self.high else x.high
+        return Octave(high, self._normalize(x.low, slice(self.high, None), momentum))
+
+    def _step_momentum(self) -> float:
+        """The momentum of this call; momentum None means a cumulative average, as in the parent."""
+        if not (self.training and self.track_running_stats):
+            return self.momentum or 0.0
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _normalize(self, x: Tensor, part: slice, momentum: float) -> Tensor:
+        tracked = self.track_running_stats and self.running_mean is not None and self.running_var is not None
+        return F.batch_norm(
+            x,
+            self.running_mean[part] if tracked else None,  # type: ignore[index]
+            self.running_var[part] if tracked else None,  # type: ignore[index]
+            self.weight[part] if self.affine else None,
+            self.bias[part] if self.affine else None,
+            self.training or not tracked,
+            momentum,
+            self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha={self.alpha}"
+
+
+def _first(x: Feature) -> Tensor:
+    return x.high if isinstance(x, Octave) else x
+
+
+class OctBatchNorm2d(_OctBatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d over two frequencies; same state dict. alpha: share of low channels."""
+
+
+class OctBatchNorm3d(_OctBatchNorm, nn.BatchNorm3d):
+    """nn.BatchNorm3d over two frequencies; same state dict. alpha: share of low channels."""
+
+
+class _OctMaxPool(nn.Module):
+    """Max pooling of each frequency. The low map is cropped to the size that belongs to the pooled high map."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    def __init__(
+        self,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] | None = None,
+        padding: Sequence[int] | None = None,
+        *,
+        pool: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.kernel_size = tuple(kernel_size)
+        self.stride = tuple(stride or kernel_size)
+        self.padding = tuple(padding or (0,) * len(self.kernel_size))
+        self.pool = tuple(pool)
+
+    def forward(self, x: Feature) -> Feature:
+        if not isinstance(x, Octave):
+            return self._max_pool(x, ceil_mode=False)
+        high = self._max_pool(x.high, ceil_mode=False)
+        # A short low map still has a window to give in ceil_mode where floor would leave none (T_high = 2).
+        low = self._max_pool(x.low, ceil_mode=True)
+        for axis, size in enumerate(low_size(high.shape[2:], self.pool), start=2):
+            low = low.narrow(axis, 0, size)
+        return Octave(high, low)
+
+    def _max_pool(self, x: Tensor, ceil_mode: bool) -> Tensor:
+        max_pool = F.max_pool3d if len(self.kernel_size) == 3 else F.max_pool2d
+        if x.shape[1] == 0:
+            geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
+            return x.new_empty(*x.shape[:2], *((size + 2 * p - k) // s + 1 for size, k, s, p in geometry))
+        return max_pool(x, self.kernel_size, self.stride, self.padding, ceil_mode=ceil_mode)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, pool={self.pool}"
+
+
+class OctMaxPool2d(_OctMaxPool):
+    """Max pooling over (H, W) of one or two frequencies; pool: factor between them."""
+
+
+class OctMaxPool3d(_OctMaxPool):
+    """Max pooling over (T, H, W) of one or two frequencies; pool: factor between them."""
