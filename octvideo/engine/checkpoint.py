@@ -1,0 +1,132 @@
+"""Checkpoints that are whole or not there: temporary file, fsync, rename; the last k kept; broken ones stepped over."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint_(\d{8})\.pt")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; the message says which and what to do."""
+
+
+def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
+    """Put `content`, bytes or a function that writes them, into a temporary file, flush it to the disk, rename it.
+
+    A reader sees the old file or the new one, never a part. Raises CheckpointError (disk full, no permission), leaving
+    what was there untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is untouched") from error
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` as the checkpoint of `step` and remove all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"checkpoint_{step:08d}.pt"
+    write_atomic(path, lambda file: torch.save({"format": FORMAT, "step": step, **state}, file))
+    for old in found(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one checkpoint, tensors and plain values only. Raises CheckpointError for anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not agree")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint ({_first_line(error)})") from error
+    except Exception as error:  # pickle's errors have no common base but Exception
+        if type(error).__module__ not in ("_pickle", "pickle"):
+            raise
+        raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of octvideo (format {FORMAT})")
+    return state
+
+
+def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a folder that is whole, with its state; each broken newer one is warned about by name.
+
+    None where the folder has no checkpoint at all. Raises CheckpointError where it has some and all are broken.
+    """
+    paths = found(folder)
+    for path in reversed(paths):
+        try:
+            return path, load(path)
+        except CheckpointError as error:
+            warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=2)
+    if paths:
+        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are broken; remove them to start anew")
+    return None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], source: Path, new_head: bool = False) -> None:
+    """Put a state dict into the model. alpha may differ: octave and vanilla twins have the same names and shapes.
+
+    new_head: leave `head.*` as initialized. Otherwise every name and shape must agree; raises CheckpointError with a
+    table of what does not.
+    """
+    own = model.state_dict()
+    if new_head:
+        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    problems = [f"missing     {k} {tuple(v.shape)}" for k, v in own.items() if k not in weights]
+    if new_head:
+        problems = [line for line in problems if " head." not in line]
+    problems += [f"unexpected  {k} {tuple(v.shape)}" for k, v in weights.items() if k not in own]
+    problems += [
+        f"shape       {k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the network"
+        for k, v in weights.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        hint = "\n  Only the classifier differs: TRAIN.NEW_HEAD True starts it anew" if _only_head(problems) else ""
+        lines = "\n  ".join(shown)
+        raise CheckpointError(f"{source}: {len(problems)} of {len(own)} entries do not fit\n  {lines}{hint}")
+    model.load_state_dict(weights, strict=not new_head)
+
+
+def _only_head(problems: list[str]) -> bool:
+    return all(line.split()[1].startswith("head.") for line in problems)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

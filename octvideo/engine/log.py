@@ -1,0 +1,81 @@
+"""What a run says: one JSON line per event, the same numbers to TensorBoard, lines and a live bar for a person."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from octvideo.engine.checkpoint import write_atomic
+
+
+class Log:
+    """metrics.jsonl and TensorBoard in `folder`; writes on the main rank only.
+
+    step: the step that training goes on from (0: a start); events of later steps, left by a run that died, are taken
+    out, so that the history has each step once. None adds to the history as it is.
+    """
+
+    def __init__(self, folder: Path, *, main: bool, step: int | None = None) -> None:
+        self.main = main
+        self.path = folder / "metrics.jsonl"
+        self.board: SummaryWriter | None = None
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            if step is not None:
+                self._forget_after(step)
+            purge_step = None if step is None else step + 1
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def _forget_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if step and _step_of(line) <= step]
+        write_atomic(self.path, "".join(kept).encode())
+
+    def event(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line {"event": kind, "step": step, "time": seconds since 1970, ...values}."""
+        if not self.main or self.board is None:
+            return
+        record = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def say(self, line: str) -> None:
+        """A line for the person, above a live bar if there is one."""
+        if self.main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def bar(total: int, title: str, *, unit: str, main: bool) -> tqdm:
+    """A live bar on the main rank's terminal; silent where standard error is a file or a pipe."""
+    hidden = not main or not sys.stderr.isatty()
+    return tqdm(total=total, desc=title, unit=unit, disable=hidden, leave=False, dynamic_ncols=True)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of metrics.jsonl; a line cut off by a kill sorts behind everything, so it is dropped."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize

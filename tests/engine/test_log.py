@@ -1,0 +1,60 @@
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from octvideo.engine.log import Log, duration
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_line_per_event_and_the_same_numbers_in_tensorboard(tmp_path: Path) -> None:
+    log = Log(tmp_path, main=True, step=0)
+    log.event("train", 1, {"loss": 2.5, "name": "x"})
+    log.event("train", 2, {"loss": 1.5})
+    log.event("val", 2, {"top1": 50.0})
+    log.close()
+    lines = events(tmp_path)
+    assert [(e["event"], e["step"]) for e in lines] == [("train", 1), ("train", 2), ("val", 2)]
+    assert lines[0]["loss"] == 2.5 and lines[0]["name"] == "x" and lines[0]["time"] > 1.6e9
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(s.step, s.value) for s in board.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
+    assert [s.value for s in board.Scalars("val/top1")] == [50.0]
+
+
+def test_going_on_from_a_step_forgets_what_a_dead_run_did_after_it(tmp_path: Path) -> None:
+    log = Log(tmp_path, main=True, step=0)
+    for step in range(1, 6):
+        log.event("train", step, {"loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # killed while it wrote
+    log = Log(tmp_path, main=True, step=3)
+    log.event("train", 4, {"loss": 40.0})
+    log.close()
+    assert [(e["step"], e["loss"]) for e in events(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(s.step, s.value) for s in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_test_alone_leaves_the_history_alone(tmp_path: Path) -> None:
+    log = Log(tmp_path, main=True, step=0)
+    log.event("train", 9, {"loss": 1.0})
+    log.close()
+    log = Log(tmp_path, main=True)
+    log.event("test", 3, {"top1": 1.0})
+    log.close()
+    assert [e["step"] for e in events(tmp_path)] == [9, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = Log(tmp_path / "out", main=False, step=0)
+    log.event("train", 1, {"loss": 1.0})
+    log.close()
+    assert not (tmp_path / "out").exists()
+
+
+def test_duration() -> None:
+    assert [duration(s) for s in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
