@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -45,3 +46,8 @@ def warmup_cosine(epoch: float, *, epochs: int, base_lr: float, warmup_epochs: f
     if epoch >= warmup_epochs:
         return cosine(epoch)
     return warmup_lr + (cosine(warmup_epochs) - warmup_lr) * epoch / warmup_epochs
+
+
+def steps(epoch: float, *, base_lr: float, milestones: Sequence[float], factor: float = 0.1) -> float:
+    """base_lr, multiplied by `factor` at each milestone passed. milestones: epochs, e.g. (44, 88) of 118."""
+    return base_lr * factor ** sum(epoch >= milestone for milestone in milestones)

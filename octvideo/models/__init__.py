@@ -1,7 +1,29 @@
 """Networks as data."""
 
-from octvideo.models.resnet import ResNet
-from octvideo.models.spec import NetSpec, StageSpec, StemSpec, feature_sizes
-from octvideo.models.zoo import NETWORKS, with_octave
+from torch import nn
 
-__all__ = ["NETWORKS", "NetSpec", "ResNet", "StageSpec", "StemSpec", "feature_sizes", "with_octave"]
+from octvideo.models.resnet import ResNet
+from octvideo.models.slowfast import SlowFast
+from octvideo.models.spec import NetSpec, SlowFastSpec, Spec, StageSpec, StemSpec, feature_sizes
+from octvideo.models.zoo import NETWORKS, with_nonlocal, with_octave
+
+
+def create(spec: Spec) -> nn.Module:
+    """The network of a description, with fresh weights."""
+    return SlowFast(spec) if isinstance(spec, SlowFastSpec) else ResNet(spec)
+
+
+__all__ = [
+    "NETWORKS",
+    "NetSpec",
+    "ResNet",
+    "SlowFast",
+    "SlowFastSpec",
+    "Spec",
+    "StageSpec",
+    "StemSpec",
+    "create",
+    "feature_sizes",
+    "with_nonlocal",
+    "with_octave",
+]

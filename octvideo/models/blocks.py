@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from octvideo.models.spec import NetSpec, Size, StageSpec
 from octvideo.octave import (
     Feature,
+    NonLocal,
     OctBatchNorm2d,
     OctBatchNorm3d,
     OctConv2d,
@@ -122,12 +123,13 @@ class Bottleneck(nn.Module):
 
 
 def stage(spec: NetSpec, stage: StageSpec, in_channels: int, alpha_in: float) -> nn.Sequential:
-    """The blocks of a stage under their numbers, "0", "1", ..., then "pool" where the stage has one."""
+    """The blocks of a stage under their numbers, "0", "1", "nonlocal1", ..., then "pool" where the stage has one."""
     blocks = nn.Sequential()
     one = (1,) * spec.dims
     for index, temporal_kernel in enumerate(stage.temporal_kernels):
         first = index == 0
-        blocks.append(
+        blocks.add_module(
+            str(index),
             Bottleneck(
                 spec,
                 stage,
@@ -136,17 +138,32 @@ def stage(spec: NetSpec, stage: StageSpec, in_channels: int, alpha_in: float) ->
                 stage.stride if first else one,
                 temporal_kernel,
                 project=first,
-            )
+            ),
         )
+        if index in stage.nonlocal_after:
+            blocks.add_module(f"nonlocal{index}", nonlocal_block(spec, stage))
     if stage.pool_after:
         blocks.add_module("pool", max_pool(spec, stage.pool_after, stage.pool_after))
     return blocks
 
 
-class Head(nn.Module):
-    """Mean over whatever space and time is left -> dropout -> linear; [N, C, ...] or Octave -> logits [N, K].
+def nonlocal_block(spec: NetSpec, stage: StageSpec) -> NonLocal:
+    return NonLocal(
+        stage.channels,
+        stage.channels // 2,
+        form=spec.nonlocal_form,
+        eps=spec.norm_eps,
+        momentum=spec.norm_momentum,
+        alpha=stage.alpha,
+        pool=spec.octave_pool or (1, 2, 2),
+    )
 
-    A network whose last stage is octave pools each frequency; the channel order is the vanilla one.
+
+class Head(nn.Module):
+    """Mean over whatever space and time is left -> dropout -> linear; features [N, C, ...] or Octave -> [N, K].
+
+    Several features (pathways) are pooled apart and their channels put behind one another. A network whose last
+    stage is octave pools each frequency; the channel order is the vanilla one.
     """
 
     def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
@@ -154,8 +171,9 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Feature) -> Tensor:
-        return self.fc(self.dropout(global_average_pool(x)))
+    def forward(self, *features: Feature) -> Tensor:
+        pooled = torch.cat([global_average_pool(x) for x in features], dim=1)
+        return self.fc(self.dropout(pooled))
 
 
 def initialize(modules: Sequence[nn.Module]) -> None:

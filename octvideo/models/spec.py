@@ -32,7 +32,8 @@ class StageSpec:
 
     width: channels inside the bottleneck; channels: after it. stride: of the first block (on its 3x3 convolution).
     temporal_kernels: size in time of each block's first convolution; length = blocks (all 1 in an image network).
-    pool_after: kernel and stride of a max-pool behind the stage. alpha: share of low-frequency channels.
+    pool_after: kernel and stride of a max-pool behind the stage. nonlocal_after: numbers of the blocks that a non-local
+    block follows. alpha: share of low-frequency channels.
     """
 
     name: str
@@ -41,6 +42,7 @@ class StageSpec:
     stride: Size
     temporal_kernels: tuple[int, ...]
     pool_after: Size | None = None
+    nonlocal_after: tuple[int, ...] = ()
     alpha: float = 0.0
 
     @property
@@ -59,6 +61,7 @@ class NetSpec:
     in_channels: int = 3
     norm_eps: float = 1e-5
     norm_momentum: float = 0.1
+    nonlocal_form: str = "softmax"
     octave_pool: Size | None = None
 
     @property
@@ -66,12 +69,46 @@ class NetSpec:
         return len(self.stem.kernel)
 
 
-def feature_sizes(spec: NetSpec, size: Size) -> dict[str, Size]:
-    """Size of the (high-frequency) map behind the stem and behind each stage for an input of `size`.
+@dataclass(frozen=True)
+class SlowFastSpec:
+    """Two ResNets of the same stages with lateral connections fast -> slow behind stem and stages, the last one excepted.
+
+    frame_ratio: frames of the fast pathway (the whole clip) per frame of the slow one; SlowFast's alpha.
+    lateral_kernel: size in time of the lateral convolutions, whose stride in time is frame_ratio; lateral_ratio: their
+    output channels per channel of the fast pathway. slow_frames: `strided` takes frames 0, r, 2r, ...; `pyslowfast`
+    spreads them to the very end, as PySlowFast does.
+    """
+
+    slow: NetSpec
+    fast: NetSpec
+    frame_ratio: int
+    lateral_kernel: int
+    lateral_ratio: int = 2
+    slow_frames: str = "strided"
+
+    @property
+    def num_classes(self) -> int:
+        return self.slow.num_classes
+
+
+Spec = NetSpec | SlowFastSpec
+
+
+def feature_sizes(spec: Spec, size: Size) -> dict[str, Size]:
+    """Size of the (high-frequency) map behind the stem and each stage for an input of `size`; in SlowFast, the slow one's.
 
     Raises ValueError where a map would vanish, with the smallest input that the strides admit; every larger one works,
     since convolutions round up and the head pools whatever is left.
     """
+    if isinstance(spec, SlowFastSpec):
+        frames, *space = size
+        if frames % spec.frame_ratio:
+            raise ValueError(
+                f"{frames} frames do not divide by {spec.frame_ratio}, the frames of the fast pathway per frame of the "
+                f"slow one; give a multiple of {spec.frame_ratio}"
+            )
+        feature_sizes(spec.fast, size)
+        return feature_sizes(spec.slow, (frames // spec.frame_ratio, *space))
     sizes = _sizes(spec, size)
     vanished = [name for name, s in sizes.items() if min(s) < 1]
     if vanished:

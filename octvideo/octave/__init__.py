@@ -1,10 +1,12 @@
 """The octave operator: two-frequency features and the layers over them. Imports torch only."""
 
+from octvideo.octave.attention import NonLocal
 from octvideo.octave.conv import OctConv2d, OctConv3d
 from octvideo.octave.feature import (
     Feature,
     Octave,
     average_pool,
+    concatenate,
     global_average_pool,
     lift,
     split_channels,
@@ -14,6 +16,7 @@ from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, OctMaxPool2d,
 
 __all__ = [
     "Feature",
+    "NonLocal",
     "OctBatchNorm2d",
     "OctBatchNorm3d",
     "OctConv2d",
@@ -22,6 +25,7 @@ __all__ = [
     "OctMaxPool3d",
     "Octave",
     "average_pool",
+    "concatenate",
     "global_average_pool",
     "lift",
     "split_channels",

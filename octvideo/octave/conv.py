@@ -39,13 +39,17 @@ class _OctConv(_ConvNd):
     alpha_in: float
     alpha_out: float
     pool: tuple[int, ...]
+    pool_stride: bool
 
-    def _split(self, alpha_in: float, alpha_out: float, pool: Sequence[int]) -> None:
+    def _split(self, alpha_in: float, alpha_out: float, pool: Sequence[int], pool_stride: bool) -> None:
         self.alpha_in, self.alpha_out = float(alpha_in), float(alpha_out)
         self.pool = _checked_pool(pool, dims=len(self.kernel_size))
         self.in_high, self.in_low = split_channels(self.in_channels, self.alpha_in)
         self.out_high, self.out_low = split_channels(self.out_channels, self.alpha_out)
         self.depthwise = self.groups == self.in_channels > 1
+        # What a stride does: pooling before the convolution, or the convolution's own step.
+        self.pool_stride, one = pool_stride, (1,) * len(self.stride)
+        self._pooled, self._step = (self.stride, one) if pool_stride else (one, self.stride)
         self._pads = self._resolve_padding()
         self._check()
 
@@ -57,9 +61,10 @@ class _OctConv(_ConvNd):
 
     def _check(self) -> None:
         name = type(self).__name__
-        if any(s not in (1, 2) for s in self.stride):
+        if any(s not in (1, 2) for s in self._pooled):
             raise ValueError(
-                f"{name}: stride {self.stride}; an octave layer strides by pooling, by 1 or 2 per dimension"
+                f"{name}: stride {self.stride}; an octave layer strides by pooling, by 1 or 2 per dimension "
+                f"(pool_stride=False keeps the convolution's own stride)"
             )
         if not self.in_low and not self.out_low:
             return
@@ -91,15 +96,15 @@ class _OctConv(_ConvNd):
         """x: [N, C_in, ...] when alpha_in gives no low channels, else Octave; returns likewise for alpha_out.
 
         Stride 2 is a 2-wide average pooling before a convolution of stride 1 (the authors' code), in every octave
-        layer, also at alpha 0.
+        layer, also at alpha 0, unless pool_stride is False.
         """
         one_frequency = not self.in_low and not self.out_low
-        if one_frequency and all(s == 1 for s in self.stride) and isinstance(x, Tensor):
+        if one_frequency and all(s == 1 for s in self._pooled) and isinstance(x, Tensor):
             return self._conv_forward(x, self.weight, self.bias)  # the parent, bit for bit
         require_feature(x, self.in_high, self.in_low, self.pool, type(self).__name__)
         if one_frequency:
             assert isinstance(x, Tensor)
-            return self._convolve(average_pool(x, self.stride), self.weight, self.bias)
+            return self._convolve(average_pool(x, self._pooled), self.weight, self.bias)
         high, low = x if isinstance(x, Octave) else (x, None)
         size = self._output_size(high)
         y_high, y_low = self._from_high(high)
@@ -115,14 +120,17 @@ class _OctConv(_ConvNd):
 
     def _output_size(self, high: Tensor) -> tuple[int, ...]:
         geometry = zip(high.shape[2:], self.stride, self._pads, self.kernel_size, self.dilation, strict=True)
-        return tuple(-(-size // s) + 2 * p - d * (k - 1) for size, s, p, k, d in geometry)
+        # Pooling and the convolution's step both round up: ceil(size / stride) where the kernel keeps the size.
+        if self.pool_stride:
+            return tuple(-(-size // s) + 2 * p - d * (k - 1) for size, s, p, k, d in geometry)
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, s, p, k, d in geometry)
 
     def _from_high(self, high: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """H->H and H->L; both read the strided map, and the bias of each output rides here."""
         if not self.in_high:
             return None, None
         columns = self.in_high // self.groups if not self.depthwise else 1
-        high = average_pool(high, self.stride)
+        high = average_pool(high, self._pooled)
         y_high = y_low = None
         if self.out_high:
             weight = self.weight[: self.out_high, :columns]
@@ -139,18 +147,18 @@ class _OctConv(_ConvNd):
         """L->H and L->L on top of what the high map gave."""
         if self.depthwise:
             bias = self._bias(self.out_high, self.out_channels)
-            return y_high, self._convolve(average_pool(low, self.stride), self.weight[self.out_high :], bias)
+            return y_high, self._convolve(average_pool(low, self._pooled), self.weight[self.out_high :], bias)
         weight = self.weight[:, self.in_high // self.groups :]
         bias = None if self.in_high else self.bias
         # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
-        to_high = tuple(max(s // p, 1) for s, p in zip(self.stride, self.pool, strict=True))
-        if to_high == self.stride and self.groups == 1:
-            both = self._convolve(average_pool(low, self.stride), weight, bias)
+        to_high = tuple(max(s // p, 1) for s, p in zip(self._pooled, self.pool, strict=True))
+        if to_high == self._pooled and self.groups == 1:
+            both = self._convolve(average_pool(low, self._pooled), weight, bias)
             from_low = both.split((self.out_high, self.out_low), dim=1)
         else:
             biases = (None, None) if bias is None else bias.split((self.out_high, self.out_low))
             weights = weight.split((self.out_high, self.out_low))
-            pools = (to_high, self.stride)
+            pools = (to_high, self._pooled)
             from_low = tuple(
                 self._convolve(average_pool(low, pool), w, b) if w.shape[0] else low.new_empty(0)
                 for pool, w, b in zip(pools, weights, biases, strict=True)
@@ -173,7 +181,7 @@ class _OctConv(_ConvNd):
         if self.padding_mode != "zeros":
             x = F.pad(x, [p for p in reversed(self._pads) for _ in range(2)], mode=self.padding_mode)
             padding = (0,) * len(self._pads)
-        return convolve(x, weight, bias, 1, padding, self.dilation, groups)
+        return convolve(x, weight, bias, self._step, padding, self.dilation, groups)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha_in={self.alpha_in}, alpha_out={self.alpha_out}, pool={self.pool}"
@@ -190,7 +198,8 @@ class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d over two frequencies; same parameters, same state dict.
 
     Args beyond nn.Conv2d's: alpha_in, alpha_out: share of low channels, 0 to 1 (0: a plain tensor on that side).
-    pool: factor between the frequencies in (H, W).
+    pool: factor between the frequencies in (H, W). pool_stride: stride by average pooling (the paper's form, 1 or 2 per
+    dimension) or, if False, by the convolutions' own stride.
     Raises ValueError for what cannot work: a split that groups do not divide, stride above 2, padding that changes
     a pooled dimension, alpha out of range.
     """
@@ -212,6 +221,7 @@ class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
         alpha_in: float = 0.0,
         alpha_out: float = 0.0,
         pool: Sequence[int] = (2, 2),
+        pool_stride: bool = True,
     ) -> None:
         nn.Conv2d.__init__(
             self,
@@ -227,7 +237,7 @@ class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
             device,
             dtype,
         )
-        self._split(alpha_in, alpha_out, pool)
+        self._split(alpha_in, alpha_out, pool, pool_stride)
 
 
 class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
@@ -235,7 +245,8 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
 
     Args beyond nn.Conv3d's: alpha_in, alpha_out: share of low channels, 0 to 1 (0: a plain tensor on that side).
     pool: factor between the frequencies in (T, H, W): (1, 2, 2) is the paper's spatial octave, (2, 2, 2) the
-    temporal-spatial one.
+    temporal-spatial one. pool_stride: stride by average pooling (the paper's form, 1 or 2 per dimension) or, if False,
+    by the convolutions' own stride.
     Raises ValueError for what cannot work: a split that groups do not divide, stride above 2, padding that changes
     a pooled dimension, alpha out of range.
     """
@@ -257,6 +268,7 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
         alpha_in: float = 0.0,
         alpha_out: float = 0.0,
         pool: Sequence[int] = (1, 2, 2),
+        pool_stride: bool = True,
     ) -> None:
         nn.Conv3d.__init__(
             self,
@@ -272,4 +284,4 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
             device,
             dtype,
         )
-        self._split(alpha_in, alpha_out, pool)
+        self._split(alpha_in, alpha_out, pool, pool_stride)

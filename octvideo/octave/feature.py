@@ -35,11 +35,12 @@ Feature = Tensor | Octave
 def split_channels(channels: int, alpha: float) -> tuple[int, int]:
     """(high, low) channel counts: low = int(alpha * channels), as in the authors' code; no rounding to 8.
 
-    A layer carries two frequencies exactly when low > 0.
+    A layer carries two frequencies exactly when low > 0. An alpha that is itself a quotient of counts, low / channels
+    (behind a concatenation), gives that low back.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it is the share of low-frequency channels, from 0 to 1")
-    low = int(alpha * channels)
+    low = int(alpha * channels + 1e-6)  # (7 / 80) * 80 may fall short of 7
     return channels - low, low
 
 
@@ -103,6 +104,13 @@ def lift(fn: Callable[..., Tensor], *features: Feature) -> Feature:
     if len(octaves) != len(features):
         raise ValueError(f"one-frequency and two-frequency maps cannot be combined: {describe(*features)}")
     return Octave(fn(*(f.high for f in octaves)), fn(*(f.low for f in octaves)))
+
+
+def concatenate(*features: Feature) -> Feature:
+    """Channels of all features behind one another, per frequency: [highs..., lows...]; a plain one adds to high."""
+    highs = [f.high if isinstance(f, Octave) else f for f in features]
+    lows = [f.low for f in features if isinstance(f, Octave)]
+    return Octave(torch.cat(highs, dim=1), torch.cat(lows, dim=1)) if lows else torch.cat(highs, dim=1)
 
 
 def global_average_pool(x: Feature) -> Tensor:

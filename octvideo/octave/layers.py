@@ -44,6 +44,10 @@ class _OctBatchNorm(_BatchNorm):
         high = self._normalize(x.high, slice(0, self.high), momentum) if self.high else x.high
         return Octave(high, self._normalize(x.low, slice(self.high, None), momentum))
 
+    def normalize_high(self, x: Tensor) -> Tensor:
+        """[N, C_high, ...] -> the same, where only the high frequency is at hand (the output of a non-local block)."""
+        return self._normalize(x, slice(0, self.high), self._step_momentum())
+
     def _step_momentum(self) -> float:
         """The momentum of this call; momentum None means a cumulative average, as in the parent."""
         if not (self.training and self.track_running_stats):

@@ -1,0 +1,87 @@
+"""The non-local block over frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octvideo.octave.feature import Feature, Octave, require_feature, split_channels
+from octvideo.octave.layers import OctBatchNorm3d
+
+FORMS = ("softmax", "dot_product")
+
+
+class NonLocal(nn.Module):
+    """x + norm(out(attention(theta(x), phi(x'), g(x')))) over all positions of a clip (Wang et al., arXiv 1711.07971).
+
+    One frequency: [N, C, T, H, W] -> the same; keys and values read x' = the (1, 2, 2) max-pooled map.
+    Two frequencies (paper, section 4.4): queries and output on high, keys and values on low, which already has the
+    pooled resolution; low passes unchanged. The four kernels keep the vanilla shapes, of which the octave form uses
+    the blocks high -> inner high (theta), low -> inner high (phi, g) and inner high -> high (out), so the state dict
+    is the vanilla block's at every alpha.
+
+    channels, inner: C and the width of the embedding. form: softmax, softmax(theta phi / sqrt(inner)), or dot_product,
+    theta phi / (number of keys). alpha, pool: the split of channels and the factor between the frequencies.
+    The norm's gamma starts at zero, so that a new block changes nothing.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        *,
+        form: str = "softmax",
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        alpha: float = 0.0,
+        pool: Sequence[int] = (1, 2, 2),
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
+        self.form, self.alpha, self.pool = form, alpha, tuple(pool)
+        self.high, self.low = split_channels(channels, alpha)
+        self.inner = split_channels(inner, alpha)[0]
+        if self.low and not (self.high and self.inner):
+            raise ValueError(f"alpha {alpha} leaves the non-local block no high channels to query from")
+        self.theta = nn.Conv3d(channels, inner, 1)
+        self.phi = nn.Conv3d(channels, inner, 1)
+        self.g = nn.Conv3d(channels, inner, 1)
+        self.out = nn.Conv3d(inner, channels, 1)
+        self.bn = OctBatchNorm3d(channels, eps, momentum, alpha=alpha)
+        nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x: Feature) -> Feature:
+        require_feature(x, self.high, self.low, self.pool if self.low else (1, 1, 1), type(self).__name__)
+        if isinstance(x, Octave):
+            queries, keys = x.high, x.low
+            high, low = slice(0, self.high), slice(self.high, None)
+        else:
+            queries, keys = x, F.max_pool3d(x, (1, 2, 2))
+            high = low = slice(None)
+        theta = self._embed(self.theta, queries, high)
+        phi, g = (self._embed(layer, keys, low) for layer in (self.phi, self.g))
+        y = self._attend(theta, phi, g)
+        # [N, L, inner] -> [N, inner, T, H, W] -> [N, C_high, T, H, W]
+        y = y.transpose(1, 2).unflatten(2, queries.shape[2:])
+        bias = self.out.bias[high] if self.out.bias is not None else None
+        y = F.conv3d(y, self.out.weight[high, : self.inner], bias)
+        y = queries + self.bn.normalize_high(y)
+        return Octave(y, x.low) if isinstance(x, Octave) else y
+
+    def _embed(self, layer: nn.Conv3d, x: Tensor, columns: slice) -> Tensor:
+        """[N, C, T, H, W] -> [N, L, inner], L = T * H * W."""
+        bias = layer.bias[: self.inner] if layer.bias is not None else None
+        return F.conv3d(x, layer.weight[: self.inner, columns], bias).flatten(2).transpose(1, 2)
+
+    def _attend(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+        """theta [N, L, inner], phi and g [N, S, inner] -> [N, L, inner]."""
+        if self.form == "softmax":
+            return F.scaled_dot_product_attention(theta, phi, g)
+        # (theta phi^T / S) g, multiplied from the right: S x inner^2 + L x inner^2 instead of 2 L x S x inner
+        return theta @ (phi.transpose(1, 2) @ g / phi.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}, alpha={self.alpha}, pool={self.pool}"
