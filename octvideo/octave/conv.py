@@ -119,6 +119,8 @@ class _OctConv(_ConvNd):
         return Octave(y_high, y_low)
 
     def _output_size(self, high: Tensor) -> tuple[int, ...]:
+        if self.padding == "same":
+            return tuple(high.shape[2:])
         geometry = zip(high.shape[2:], self.stride, self._pads, self.kernel_size, self.dilation, strict=True)
         # Pooling and the convolution's step both round up: ceil(size / stride) where the kernel keeps the size.
         if self.pool_stride:
@@ -177,14 +179,16 @@ class _OctConv(_ConvNd):
         convolve = F.conv3d if len(self.kernel_size) == 3 else F.conv2d
         # In a depthwise layer every path has one group per channel of its own.
         groups = x.shape[1] if self.depthwise else self.groups
-        padding = self._pads
+        # "same" goes on by name: an even kernel pads one side more than the other
+        padding: str | tuple[int, ...] = "same" if self.padding == "same" else self._pads
         if self.padding_mode != "zeros":
-            x = F.pad(x, [p for p in reversed(self._pads) for _ in range(2)], mode=self.padding_mode)
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self._pads)
         return convolve(x, weight, bias, self._step, padding, self.dilation, groups)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, alpha_in={self.alpha_in}, alpha_out={self.alpha_out}, pool={self.pool}"
+        stride = "" if self.pool_stride else ", pool_stride=False"
+        return f"{super().extra_repr()}, alpha_in={self.alpha_in}, alpha_out={self.alpha_out}, pool={self.pool}{stride}"
 
 
 def _checked_pool(pool: Sequence[int], dims: int) -> tuple[int, ...]:

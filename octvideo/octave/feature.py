@@ -89,7 +89,7 @@ def _average_pool2d(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest upsampling of a low map to the high map's size: y[i] = x[i // 2], odd sizes cropped.
 
-    F.interpolate computes floor(i * ceil(s / 2) / s) for the index, which is i // 2 for every size s.
+    F.interpolate computes floor(i * ceil(s / 2) / s) for the index in float32, which is i // 2 up to a size of 4188.
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x

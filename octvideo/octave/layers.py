@@ -57,14 +57,16 @@ class _OctBatchNorm(_BatchNorm):
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def _normalize(self, x: Tensor, part: slice, momentum: float) -> Tensor:
-        tracked = self.track_running_stats and self.running_mean is not None and self.running_var is not None
+        # As the parent: running statistics are updated if tracked, and used in evaluation wherever there are any.
+        mean, var = self.running_mean, self.running_var
+        given = mean is not None and var is not None and (not self.training or self.track_running_stats)
         return F.batch_norm(
             x,
-            self.running_mean[part] if tracked else None,  # type: ignore[index]
-            self.running_var[part] if tracked else None,  # type: ignore[index]
+            mean[part] if mean is not None and given else None,
+            var[part] if var is not None and given else None,
             self.weight[part] if self.affine else None,
             self.bias[part] if self.affine else None,
-            self.training or not tracked,
+            self.training or (mean is None and var is None),
             momentum,
             self.eps,
         )
@@ -109,10 +111,17 @@ class _OctMaxPool(nn.Module):
     def forward(self, x: Feature) -> Feature:
         if not isinstance(x, Octave):
             return self._max_pool(x, ceil_mode=False)
+        name = type(self).__name__
+        require_feature(x, x.high.shape[1], x.low.shape[1], self.pool, name)
         high = self._max_pool(x.high, ceil_mode=False)
         # A short low map still has a window to give in ceil_mode where floor would leave none (T_high = 2).
         low = self._max_pool(x.low, ceil_mode=True)
         for axis, size in enumerate(low_size(high.shape[2:], self.pool), start=2):
+            if low.shape[axis] < size:
+                raise ValueError(
+                    f"{name} with kernel {self.kernel_size}, stride {self.stride} and padding {self.padding} leaves "
+                    f"{tuple(high.shape[2:])} of high and {tuple(low.shape[2:])} of low, which do not belong together"
+                )
             low = low.narrow(axis, 0, size)
         return Octave(high, low)
 

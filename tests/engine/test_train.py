@@ -1,0 +1,110 @@
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octvideo.engine.distributed import World
+from octvideo.engine.log import Log
+from octvideo.engine.train import Progress, TrainingError, fit, train_step
+
+CPU = torch.device("cpu")
+
+
+def test_train_step_is_sgd_on_the_mean_cross_entropy() -> None:
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    weight = net.weight.detach().clone().requires_grad_()
+    loss = F.cross_entropy(x @ weight.T + net.bias.detach(), y)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    expected = (x @ weight.T + net.bias.detach()).argmax(1) == y
+    got, correct = train_step(net, torch.optim.SGD(net.parameters(), lr=99.0), x, y, lr=0.5)
+    torch.testing.assert_close(net.weight, weight - 0.5 * gradient)
+    assert got.item() == pytest.approx(loss.item())
+    assert correct == expected.sum()
+
+
+@dataclass
+class Batch:
+    clips: Tensor
+    labels: Tensor
+    errors: list[str] = field(default_factory=list)
+
+
+class Batches:
+    """Two steps of four videos an epoch; remembers the epochs asked for."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Loader:
+    def __init__(self, *batches: Batch) -> None:
+        self.batches, self.batch_sampler = batches, Batches()
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def batch(value: float = 1.0) -> Batch:
+    return Batch(torch.full((4, 1, 3, 1, 1, 1), value), torch.tensor([0, 1, 0, 1]))
+
+
+def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3) -> tuple[list[dict], list[float]]:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    ended, rates = [], []
+
+    def lr_at(epoch: float) -> float:
+        rates.append(epoch)
+        return 0.1
+
+    fit(
+        net,
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        loader,
+        progress=progress,
+        epochs=epochs,
+        lr_at=lr_at,
+        prepare=lambda clips: clips,
+        device=CPU,
+        world=World(),
+        log=Log(tmp_path, main=True, step=progress.step),
+        log_period=1,
+        after_epoch=lambda values: ended.append({"epoch": progress.epoch, "step": progress.step, **values}),
+    )
+    return ended, rates
+
+
+def test_fit_counts_epochs_and_steps_and_moves_the_rate_every_step(tmp_path) -> None:
+    loader = Loader(batch(), batch())
+    ended, rates = run(loader, Progress(), tmp_path)
+    assert [(e["epoch"], e["step"]) for e in ended] == [(1, 2), (2, 4), (3, 6)]
+    assert loader.batch_sampler.epochs == [0, 1, 2]
+    assert {0.0, 0.5, 1.0, 1.5, 2.0, 2.5} == set(rates)
+    assert ended[0]["top1"] in {0.0, 25.0, 50.0, 75.0, 100.0} and ended[0]["clips_per_s"] > 0
+
+
+def test_fit_goes_on_where_progress_says(tmp_path) -> None:
+    loader = Loader(batch(), batch())
+    ended, _ = run(loader, Progress(epoch=2, step=4), tmp_path)
+    assert [(e["epoch"], e["step"]) for e in ended] == [(3, 6)]
+    assert loader.batch_sampler.epochs == [2]
+
+
+def test_a_clip_that_cannot_be_decoded_stops_the_run_with_its_reason(tmp_path) -> None:
+    bad = batch()
+    bad.errors.append("train.txt:7: a.mp4: truncated")
+    with pytest.raises(TrainingError, match="train.txt:7: a.mp4: truncated"):
+        run(Loader(batch(), bad), Progress(), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
+    with pytest.raises(TrainingError, match="the loss is nan near step 2; lower SOLVER.BASE_LR"):
+        run(Loader(batch(), batch(float("nan"))), Progress(), tmp_path)
