@@ -1,0 +1,346 @@
+"""The annotation list with its checks, and the way from a line of it to a clip: sample, decode, transform."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from octvideo.data.decode import BACKENDS, DecodeError, Video, open_video
+from octvideo.data.sampling import POLICIES, SHORT, eval_indices, seeded_generator, train_indices
+from octvideo.data.transforms import (
+    random_crop,
+    random_flip,
+    random_short_side,
+    scale_short_side,
+    to_clip,
+    uniform_crops,
+)
+
+# Frames held at full size at a time: the 80 of ten test clips would be 500 MB at 1080p, in every worker.
+CHUNK = 16
+
+
+class ListError(ValueError):
+    """An annotation list that cannot be used. The text names every problem with its line and its remedy."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VideoList:
+    """The videos of an annotation list, in its order.
+
+    All paths are one byte buffer: a million cost tens of MB, and forked workers share them. A list of strings they
+    would not: looking at a string writes its reference count, and so copies the memory page.
+    """
+
+    source: str
+    prefix: str
+    names: bytes
+    ends: np.ndarray  # int64 [len], where each name ends in `names`
+    labels: np.ndarray  # int64 [len]
+    lines: np.ndarray  # int32 [len], line numbers in the list, from 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"VideoList({self.source!r}, {len(self)} videos)"
+
+    def path(self, index: int) -> str:
+        return str(Path(self.prefix, self.name(index)))
+
+    def name(self, index: int) -> str:
+        """The path as the list has it."""
+        begin = self.ends[index - 1] if index else 0
+        return self.names[begin : self.ends[index]].decode()
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def place(self, index: int) -> str:
+        """LIST:LINE, for messages."""
+        return f"{self.source}:{self.lines[index]}"
+
+
+def read_list(
+    path: str,
+    *,
+    num_classes: int,
+    prefix: str = "",
+    separator: str = " ",
+    require_all_classes: bool = False,
+    check_files: bool = True,
+    max_problems: int = 20,
+) -> VideoList:
+    """Read lines `path label`, UTF-8; the label is what follows the last separator, so paths may contain it.
+
+    Blank lines and lines that start with # are skipped. Relative paths are taken from the folder `prefix`.
+    Errors: ListError naming all problems at once, each with its line, up to `max_problems`.
+    """
+    videos, problems = _parse(path, prefix, separator, num_classes)
+    problems += _duplicates(videos)
+    if check_files:
+        for index in range(len(videos)):
+            if not Path(videos.path(index)).is_file():
+                text = f"no file {videos.path(index)!r}; check the path and the prefix {prefix!r}"
+                problems.append((int(videos.lines[index]), text))
+    if require_all_classes and len(videos):
+        problems += _classes_without_video(videos, num_classes)
+    if not len(videos) and not problems:
+        raise ListError(f"{path}: the list is empty; give one video per line: path{separator}label")
+    if problems:
+        # Line 0 stands for the list as a whole; it comes last.
+        problems.sort(key=lambda problem: problem[0] or np.inf)
+        shown = [f"{path}:{line}: {text}" if line else f"{path}: {text}" for line, text in problems[:max_problems]]
+        if len(problems) > max_problems:
+            shown.append(f"... and {len(problems) - max_problems} more")
+        raise ListError("\n".join([f"{len(problems)} problem(s) in the list {path}", *shown]))
+    return videos
+
+
+def _parse(path: str, prefix: str, separator: str, num_classes: int) -> tuple[VideoList, list[tuple[int, str]]]:
+    """The lines that have a path and an integer label, and what is wrong with the list: (line, text)."""
+    names, ends, labels, lines = bytearray(), array("q"), array("q"), array("i")
+    problems: list[tuple[int, str]] = []
+    try:
+        with Path(path).open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not line or line.startswith("#"):
+                    continue
+                name, found, label = line.rpartition(separator)
+                name = name.strip()
+                if not found or not name:
+                    problems.append((number, f"no label in {line!r}; write path{separator}label"))
+                    continue
+                try:
+                    value = int(label)
+                except ValueError:
+                    text = f"label {label!r} of {name!r} is no integer; write path{separator}label"
+                    problems.append((number, text))
+                    continue
+                if not 0 <= value < num_classes:
+                    text = (
+                        f"label {value} of {name!r} is outside 0..{num_classes - 1}; MODEL.NUM_CLASSES is {num_classes}"
+                    )
+                    problems.append((number, text))
+                names += name.encode()
+                ends.append(len(names))
+                labels.append(value)
+                lines.append(number)
+    except UnicodeDecodeError as error:
+        text = f"byte 0x{error.object[error.start]:02x} is not UTF-8 text; is this a list? save it as UTF-8"
+        raise ListError(f"{path}:{number}: {text}") from error
+    except OSError as error:
+        raise ListError(f"{path}: the list cannot be read ({error.strerror}); check its path") from error
+    columns = [np.array(column, dtype) for column, dtype in ((ends, "i8"), (labels, "i8"), (lines, "i4"))]
+    return VideoList(path, prefix, bytes(names), *columns), problems
+
+
+def _duplicates(videos: VideoList) -> list[tuple[int, str]]:
+    # Compared by hash: a dictionary of a million names would be several times the size of the list itself.
+    hashes = np.array([hash(videos.name(index)) for index in range(len(videos))], np.int64)
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    problems = []
+    for index in np.flatnonzero(first[group] != np.arange(len(videos))).tolist():
+        earlier = int(first[group[index]])
+        if videos.name(earlier) == videos.name(index):
+            text = f"{videos.name(index)!r} is listed already in line {videos.lines[earlier]}; remove one of them"
+            problems.append((int(videos.lines[index]), text))
+    return problems
+
+
+def _classes_without_video(videos: VideoList, num_classes: int) -> list[tuple[int, str]]:
+    named = np.unique(videos.labels[(videos.labels >= 0) & (videos.labels < num_classes)])
+    absent = np.setdiff1d(np.arange(num_classes), named).tolist()
+    if not absent:
+        return []
+    some = ", ".join(map(str, absent[:10])) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    text = f"MODEL.NUM_CLASSES is {num_classes} but the list names {len(named)} classes: no video for {some}"
+    return [(0, f"{text}; correct the number or add videos of these classes")]
+
+
+class Sample(NamedTuple):
+    """What a dataset gives for one video."""
+
+    clips: Tensor  # uint8 [V, C, T, H, W], contiguous, owning exactly its bytes; [0] when decoding failed
+    label: int
+    video: int  # index into the list
+    error: str  # "" when fine, else LIST:LINE: PATH: reason; remedy
+
+
+class Batch(NamedTuple):
+    """Samples put together. Failed ones are not in the first three; what to do about them is for the caller."""
+
+    clips: Tensor  # uint8 [N, V, C, T, H, W]
+    labels: Tensor  # int64 [N]
+    videos: Tensor  # int64 [N], indices into the list
+    errors: list[str]  # [M]
+    failed_videos: Tensor  # int64 [M]
+
+    def __repr__(self) -> str:
+        clips = f"{str(self.clips.dtype).removeprefix('torch.')} {list(self.clips.shape)}"
+        labels, videos = self.labels.tolist(), self.videos.tolist()
+        return f"Batch(clips={clips}, labels={labels}, videos={videos}, failed_videos={self.failed_videos.tolist()})"
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """N samples without and M with an error -> Batch; N may be 0."""
+    good = [sample for sample in samples if not sample.error]
+    failed = [sample for sample in samples if sample.error]
+    return Batch(
+        torch.stack([sample.clips for sample in good]) if good else torch.empty((0,) * 6, dtype=torch.uint8),
+        torch.tensor([sample.label for sample in good], dtype=torch.int64),
+        torch.tensor([sample.video for sample in good], dtype=torch.int64),
+        [sample.error for sample in failed],
+        torch.tensor([sample.video for sample in failed], dtype=torch.int64),
+    )
+
+
+@dataclass(eq=False)
+class TrainDataset(Dataset[Sample]):
+    """One random clip of a video: `dataset[(epoch, index)]`, V = 1.
+
+    Random in time, scale (short side uniform in `short_side` = (low, high)), place (`crop` x `crop`) and, with
+    `flip`, direction. All of it follows from (seed, epoch, index) alone: not from workers, order or other samples.
+    `num_frames`, `sampling_rate`, `target_fps`, `policy`, `short`: see sampling.train_indices.
+    """
+
+    videos: VideoList
+    _: KW_ONLY
+    num_frames: int
+    sampling_rate: int
+    target_fps: float
+    policy: str = "strided"
+    short: str | None = None
+    short_side: tuple[int, int]
+    crop: int
+    flip: bool
+    decoder: str = "auto"
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check(self, self.short_side)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        generator = seeded_generator("clip", self.seed, epoch, index)
+        try:
+            with open_video(self.videos.path(index), self.decoder) as video:
+                indices = train_indices(
+                    video.num_frames,
+                    video.fps,
+                    num_frames=self.num_frames,
+                    sampling_rate=self.sampling_rate,
+                    target_fps=self.target_fps,
+                    policy=self.policy,
+                    generator=generator,
+                    short=self.short,
+                )
+                frames, order = _scaled_frames(video, indices, random_short_side(*self.short_side, generator))
+        except DecodeError as error:
+            return _failed(self.videos, index, error)
+        frames = random_crop(frames, self.crop, generator)
+        if self.flip:
+            frames = random_flip(frames, generator)
+        return Sample(to_clip(frames[order])[None], self.videos.label(index), index, "")
+
+
+@dataclass(eq=False)
+class EvalDataset(Dataset[Sample]):
+    """The test views of a video: `dataset[index]`, V = num_clips * num_crops, the crops of a clip side by side.
+
+    The short side is scaled to `short_side`; 3 crops of `crop` x `crop` cover the longer side, 1 is the centre.
+    `num_frames`, `sampling_rate`, `target_fps`, `policy`, `num_clips`, `short`: see sampling.eval_indices.
+    """
+
+    videos: VideoList
+    _: KW_ONLY
+    num_frames: int
+    sampling_rate: int
+    target_fps: float
+    policy: str = "strided"
+    short: str | None = None
+    num_clips: int
+    num_crops: int
+    short_side: int
+    crop: int
+    decoder: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check(self, (self.short_side, self.short_side))
+        if self.num_clips < 1:
+            raise ValueError(f"num_clips is {self.num_clips}; it must be at least 1")
+        if self.num_crops not in (1, 3):
+            raise ValueError(f"num_crops is {self.num_crops}; it must be 1 (centre) or 3 (along the longer side)")
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            with open_video(self.videos.path(index), self.decoder) as video:
+                indices = eval_indices(
+                    video.num_frames,
+                    video.fps,
+                    num_frames=self.num_frames,
+                    sampling_rate=self.sampling_rate,
+                    target_fps=self.target_fps,
+                    policy=self.policy,
+                    num_clips=self.num_clips,
+                    short=self.short,
+                )
+                frames, order = _scaled_frames(video, indices, self.short_side)
+        except DecodeError as error:
+            return _failed(self.videos, index, error)
+        clips = torch.empty(self.num_clips, self.num_crops, 3, self.num_frames, self.crop, self.crop, dtype=torch.uint8)
+        for place, crop in enumerate(uniform_crops(frames, self.crop, self.num_crops)):
+            planes = to_clip(crop)  # [C, U, H, W], U different frames
+            for clip in range(self.num_clips):
+                clips[clip, place] = planes[:, order[clip]]
+        return Sample(clips.flatten(0, 1), self.videos.label(index), index, "")
+
+
+def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tensor, Tensor]:
+    """int64 [...] -> uint8 [U, H, W, C], every wanted frame once, and int64 [...], where each index is among them."""
+    numbers, order = indices.unique(return_inverse=True)
+    parts = [scale_short_side(video.frames(part.tolist()), short_side) for part in numbers.split(CHUNK)]
+    return torch.cat(parts), order
+
+
+def _failed(videos: VideoList, index: int, error: DecodeError) -> Sample:
+    text = f"{videos.place(index)}: {error}"
+    return Sample(torch.empty(0, dtype=torch.uint8), videos.label(index), index, text)
+
+
+def _check(dataset: TrainDataset | EvalDataset, short_side: tuple[int, int]) -> None:
+    """What is wrong with the arguments is said before the first sample, not in a worker."""
+    choices: dict[str, list[str | None]] = {
+        "policy": [*POLICIES],
+        "short": [None, *SHORT],
+        "decoder": ["auto", *BACKENDS],
+    }
+    for name, legal in choices.items():
+        value = getattr(dataset, name)
+        if value not in legal:
+            raise ValueError(f"{name} is {value!r}; choose one of: {', '.join(map(str, legal))}")
+    for name in ("num_frames", "sampling_rate", "crop"):
+        if getattr(dataset, name) < 1:
+            raise ValueError(f"{name} is {getattr(dataset, name)}; it must be at least 1")
+    if dataset.target_fps < 0:
+        raise ValueError(f"target_fps is {dataset.target_fps}; it must be 0 (the file's own rate) or positive")
+    low, high = short_side
+    if low > high:
+        raise ValueError(f"short_side is {short_side}; give (low, high) with low <= high")
+    if dataset.crop > low:
+        raise ValueError(f"crop {dataset.crop} does not fit into short_side {low}; lower it or raise the short side")

@@ -1,0 +1,89 @@
+"""Frames by decord 0.6: an alternative to PyAV that is slower, and has to be watched to be right."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import decord
+import numpy as np
+import torch
+from torch import Tensor
+
+from octvideo.data.decode import DecodeError, checked_indices
+from octvideo.data.decode_pyav import PyAVVideo
+
+# A builtin error for a file that does not open, one of its own that is no RuntimeError, and next() at the end.
+FAILURES = (RuntimeError, decord.DECORDError, StopIteration)
+
+
+# Where decord finds the first frame again after it has looked through the file; in a transport stream it does not.
+CONTAINERS = {"mov", "mp4", "matroska", "webm", "avi"}
+
+
+class DecordVideo:
+    """decord, one thread, read from the start of the file and never by seeking.
+
+    decord's get_batch, seek and skip_frames give other frames than asked, without a word, where a keyframe is no
+    clean start: open groups of pictures (the default of HEVC encoders), pictures refreshed bit by bit. In sequence
+    it is right, but for files that PyAV's look at them finds and this class refuses. What it does not tell is that
+    it has painted over damage inside a picture, which PyAV marks; and a damaged index can end the process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with PyAVVideo(path) as reference:
+            self.num_frames, self.fps = reference.num_frames, reference.fps
+            if not CONTAINERS & reference.containers:
+                self._refuse(f"decord is inexact in {'/'.join(sorted(reference.containers))}")
+            if reference.num_streams > 1:
+                self._refuse(f"decord mixes up its {reference.num_streams} video streams")
+            if reference.mirrored:
+                self._refuse("decord does not undo the mirroring that the file asks for")
+        self._reader = self._open()
+        self._next = 0  # the number of the frame that the reader gives next
+        if len(self._reader) != self.num_frames:
+            self._refuse(f"decord finds {len(self._reader)} frames where there are {self.num_frames}")
+
+    def __enter__(self) -> DecordVideo:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader = None
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        numbers = checked_indices(self.path, indices, self.num_frames)
+        wanted = sorted(set(numbers))
+        if wanted[0] < self._next:
+            self._reader, self._next = self._open(), 0
+        images: list[np.ndarray] = []
+        try:
+            while len(images) < len(wanted):
+                image = self._reader.next()
+                self._next += 1
+                if self._next - 1 == wanted[len(images)]:
+                    images.append(image.asnumpy())
+        except FAILURES as error:
+            self._next = self.num_frames  # of no more use: open anew next time
+            # decord decodes ahead: the damage may be a few frames on.
+            where = f"frame {wanted[len(images)]} of {self.num_frames} cannot be decoded ({_first_line(error)})"
+            raise DecodeError(f"{self.path}: {where}; the file is damaged: fetch or encode it again") from error
+        return torch.from_numpy(np.stack(images))[[bisect_left(wanted, number) for number in numbers]]
+
+    def _open(self) -> Any:
+        try:
+            return decord.VideoReader(self.path, num_threads=1)
+        except FAILURES as error:
+            reason = f"decord cannot open it ({_first_line(error)})"
+            raise DecodeError(f"{self.path}: {reason}; use the decoder pyav") from error
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise DecodeError(f"{self.path}: {reason}; use the decoder pyav")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

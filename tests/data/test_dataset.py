@@ -1,0 +1,388 @@
+import pickle
+import re
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octvideo.data import dataset as dataset_module
+from octvideo.data.dataset import (
+    Batch,
+    EvalDataset,
+    ListError,
+    Sample,
+    TrainDataset,
+    VideoList,
+    collate,
+    read_list,
+)
+from octvideo.data.decode import open_video
+
+TRAIN: dict[str, Any] = {
+    "num_frames": 3,
+    "sampling_rate": 5,
+    "target_fps": 30,
+    "short_side": (96, 96),
+    "crop": 96,
+    "flip": True,
+    "seed": 0,
+}
+EVAL: dict[str, Any] = {
+    "num_frames": 3,
+    "sampling_rate": 5,
+    "target_fps": 30,
+    "num_clips": 2,
+    "num_crops": 3,
+    "short_side": 96,
+    "crop": 96,
+}
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+@pytest.fixture
+def videos(clip_file: Callable[[str], str], tmp_path: Path) -> VideoList:
+    """A good video, one that is none, and another good one."""
+    broken = write(tmp_path / "broken.mp4", b"no video")
+    lines = [f"{clip_file('h264, gop 12')} 4", f"{broken} 1", f"{clip_file('mpeg4')} 2"]
+    return read_list(write(tmp_path / "list.txt", "\n".join(lines)), num_classes=5)
+
+
+# ---- the list
+
+
+def test_lines_become_paths_and_labels(tmp_path: Path) -> None:
+    text = "# made by hand\n\na.mp4 3\nmy holiday/run 1.mp4 0\r\n   \n/abs/b.mp4 12\n  c.mp4\t 7  \n"
+    videos = read_list(write(tmp_path / "l.txt", text), num_classes=13, prefix="/data", check_files=False)
+    assert len(videos) == 4
+    assert [videos.path(i) for i in range(4)] == [
+        "/data/a.mp4",
+        "/data/my holiday/run 1.mp4",
+        "/abs/b.mp4",
+        "/data/c.mp4",
+    ]
+    assert videos.labels.tolist() == [3, 0, 12, 7]
+    assert [videos.label(i) for i in range(4)] == [3, 0, 12, 7]
+    assert videos.place(1) == f"{tmp_path}/l.txt:4"
+    assert repr(videos) == f"VideoList('{tmp_path}/l.txt', 4 videos)"
+
+
+def test_other_separators_and_a_byte_order_mark(tmp_path: Path) -> None:
+    text = "\ufeffa, b.mp4,3\nübung.mp4, 1\n"
+    videos = read_list(write(tmp_path / "l.csv", text), num_classes=4, separator=",", check_files=False)
+    assert [videos.path(i) for i in range(2)] == ["a, b.mp4", "übung.mp4"]
+    assert videos.labels.tolist() == [3, 1]
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "ok.mp4").touch()
+    text = "ok.mp4 0\nok.mp4\nok.mp4 x\nok.mp4 8\nok.mp4 -1\n\ngone.mp4 1\nok.mp4 2\n"
+    path = write(tmp_path / "l.txt", text)
+    with pytest.raises(ListError) as caught:
+        read_list(path, num_classes=8, prefix=str(tmp_path))
+    lines = str(caught.value).splitlines()
+    again = "'ok.mp4' is listed already in line 1; remove one of them"
+    assert lines == [
+        f"8 problem(s) in the list {path}",
+        f"{path}:2: no label in 'ok.mp4'; write path label",
+        f"{path}:3: label 'x' of 'ok.mp4' is no integer; write path label",
+        f"{path}:4: label 8 of 'ok.mp4' is outside 0..7; MODEL.NUM_CLASSES is 8",
+        f"{path}:4: {again}",
+        f"{path}:5: label -1 of 'ok.mp4' is outside 0..7; MODEL.NUM_CLASSES is 8",
+        f"{path}:5: {again}",
+        f"{path}:7: no file '{tmp_path}/gone.mp4'; check the path and the prefix '{tmp_path}'",
+        f"{path}:8: {again}",
+    ]
+
+
+def test_many_problems_are_cut(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.txt", "".join(f"{i}.mp4 9\n" for i in range(30)))
+    with pytest.raises(ListError) as caught:
+        read_list(path, num_classes=9, check_files=False, max_problems=3)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"30 problem(s) in the list {path}"
+    assert [line.split(":")[1] for line in lines[1:4]] == ["1", "2", "3"]
+    assert lines[4:] == ["... and 27 more"]
+
+
+def test_classes_without_a_video(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.txt", "".join(f"{i}.mp4 {i}\n" for i in range(6)))
+    message = "MODEL.NUM_CLASSES is 8 but the list names 6 classes: no video for 6, 7; correct the number or add"
+    with pytest.raises(ListError, match=message):
+        read_list(path, num_classes=8, require_all_classes=True, check_files=False)
+    assert len(read_list(path, num_classes=8, check_files=False)) == 6
+    assert len(read_list(path, num_classes=6, require_all_classes=True, check_files=False)) == 6
+    with pytest.raises(ListError, match=r"no video for 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 384 more;"):
+        read_list(path, num_classes=400, require_all_classes=True, check_files=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the list is empty; give one video per line: path label"),
+        (b"# nothing\n\n", "the list is empty"),
+        (b"a.mp4 0\nb\xff.mp4 1\n", "list:2: byte 0xff is not UTF-8 text; is this a list"),
+        (b"\x00\x00\x00\x18ftypmp42\x00\x80\x93", "list:1: byte 0x80 is not UTF-8 text"),
+    ],
+)
+def test_files_that_are_no_list(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ListError, match=message):
+        read_list(write(tmp_path / "list", content), num_classes=2, check_files=False)
+
+
+def test_no_list_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ListError, match=r"gone.txt: the list cannot be read \(No such file or directory\)"):
+        read_list(str(tmp_path / "gone.txt"), num_classes=2)
+    with pytest.raises(ListError, match=r"the list cannot be read \(Is a directory\); check its path"):
+        read_list(str(tmp_path), num_classes=2)
+
+
+def test_a_long_list_is_compact(tmp_path: Path) -> None:
+    """20 bytes a video and the text of its path; nothing is left of the reading."""
+    path = write(tmp_path / "l.txt", "".join(f"class_{i % 400}/video_{i:07d}.mp4 {i % 400}\n" for i in range(30_000)))
+    tracemalloc.start()
+    videos = read_list(path, num_classes=400, require_all_classes=True, check_files=False)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert videos.path(29_999) == "class_399/video_0029999.mp4"
+    assert kept < 30_000 * (20 + 28)
+    assert peak < 30_000 * 200
+    assert isinstance(videos.names, bytes)
+    assert (videos.labels.dtype, videos.ends.dtype) == (np.int64, np.int64)
+
+
+# ---- training
+
+
+def stored(video: str) -> Tensor:
+    with open_video(video) as opened:
+        return opened.frames(range(opened.num_frames))
+
+
+def where(clip: Tensor, frames: Tensor) -> tuple[int, int, bool]:
+    """First frame, left edge and mirroring of a [C, T, 96, 96] clip of every fifth of 60 frames; by trying all."""
+    found = []
+    for flipped in (False, True):
+        plain = (clip.flip(3) if flipped else clip).permute(1, 2, 3, 0)
+        for left in range(160 - 96 + 1):
+            columns = frames[:, :, left : left + 96]
+            starts = [s for s in range(50) if torch.equal(columns[s, ::16], plain[0, ::16])]
+            found += [(s, left, flipped) for s in starts if torch.equal(columns[s : s + 11 : 5], plain)]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_training_clips_are_frames_of_the_video(tmp_path: Path) -> None:
+    """At the source's own size a clip is a cut-out: found again by trying all places."""
+    rng = np.random.default_rng(0)
+    frames = torch.from_numpy(rng.integers(0, 256, (60, 96, 160, 3), dtype=np.uint8))
+
+    class FromMemory:
+        num_frames, fps = 60, 30.0
+
+        def __enter__(self) -> "FromMemory":
+            return self
+
+        def __exit__(self, *exc_info: object) -> None: ...
+
+        def frames(self, indices: list[int]) -> Tensor:
+            return frames[indices]
+
+    videos = read_list(write(tmp_path / "l.txt", "a.mp4 3"), num_classes=5, check_files=False)
+    train = TrainDataset(videos, **TRAIN)
+    places = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset_module, "open_video", lambda path, decoder: FromMemory())
+        for epoch in range(12):
+            sample = train[(epoch, 0)]
+            assert (sample.clips.shape, sample.label, sample.video, sample.error) == ((1, 3, 3, 96, 96), 3, 0, "")
+            places.append(where(sample.clips[0], frames))
+    starts, lefts, flips = zip(*places, strict=True)
+    assert len(set(starts)) > 8
+    assert len(set(lefts)) > 8
+    assert set(flips) == {False, True}
+
+
+def test_clips_longer_than_the_video(videos: VideoList, clip_file: Callable[[str], str], tmp_path: Path) -> None:
+    """Frames 0, 29, 58 and 87 of 60: the last one is 27 by looping, 59 by clamping. And a video of one frame."""
+    frames = stored(videos.path(0))
+    for short, expected in ((None, [0, 29, 58, 27]), ("clamp", [0, 29, 58, 59])):
+        change = {"num_frames": 4, "sampling_rate": 29, "flip": False, "short": short}
+        clip = TrainDataset(videos, **{**TRAIN, **change})[(0, 0)].clips[0].permute(1, 2, 3, 0)
+        assert any(torch.equal(clip, frames[expected, :, left : left + 96]) for left in range(65))
+        views = EvalDataset(videos, **{**EVAL, "num_frames": 4, "sampling_rate": 29, "short": short})[0].clips
+        assert torch.equal(views[4].permute(1, 2, 3, 0), frames[expected, :, 32:128])
+    one = read_list(write(tmp_path / "one.txt", f"{clip_file('h264, one frame')} 0"), num_classes=1)
+    clip = TrainDataset(one, **TRAIN)[(0, 0)].clips
+    assert clip.shape == (1, 3, 3, 96, 96)
+    assert torch.equal(clip[:, :, 0], clip[:, :, 2])
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(videos: VideoList) -> None:
+    before = torch.get_rng_state()
+    train = TrainDataset(videos, **{**TRAIN, "short_side": (100, 120)})
+    first = train[(3, 0)]
+    train[(0, 2)], train[(3, 2)]
+    assert torch.equal(train[(3, 0)].clips, first.clips)
+    again = pickle.loads(pickle.dumps(train))  # what a spawned worker gets
+    assert torch.equal(again[(3, 0)].clips, first.clips)
+    others = [train[(4, 0)], TrainDataset(videos, **{**TRAIN, "short_side": (100, 120), "seed": 1})[(3, 0)]]
+    assert not any(torch.equal(other.clips, first.clips) for other in others)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_flip_off_and_short_side_jitter(videos: VideoList, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = []
+    scale = dataset_module.scale_short_side
+    monkeypatch.setattr(dataset_module, "scale_short_side", lambda f, s: sides.append(s) or scale(f, s))
+    monkeypatch.setattr(dataset_module, "random_flip", lambda *args: pytest.fail("flipped"))
+    train = TrainDataset(videos, **{**TRAIN, "short_side": (98, 104), "flip": False})
+    for epoch in range(25):
+        assert train[(epoch, 2)].clips.shape == (1, 3, 3, 96, 96)
+    assert set(sides) <= set(range(98, 105))
+    assert len(set(sides)) > 4
+
+
+# ---- evaluation
+
+
+def test_views_cover_the_video_in_time_and_space(videos: VideoList, read_codes: Callable[[Tensor], list[int]]) -> None:
+    """Clips of 3 frames at stride 5 from 0 and 49; left and right crop side by side are the whole picture."""
+    sample = EvalDataset(videos, **EVAL)[0]
+    assert (sample.clips.shape, sample.label, sample.video, sample.error) == ((6, 3, 3, 96, 96), 4, 0, "")
+    frames = stored(videos.path(0))
+    for clip, expected in enumerate(([0, 5, 10], [49, 54, 59])):
+        left, centre, right = sample.clips[3 * clip : 3 * clip + 3].permute(0, 2, 3, 4, 1)
+        whole = torch.cat([left[:, :, :64], right], dim=2)
+        assert read_codes(whole) == expected
+        assert torch.equal(whole, frames[expected])
+        assert torch.equal(centre, frames[expected, :, 32:128])
+
+
+def test_one_central_view_of_a_crop_smaller_than_the_short_side(videos: VideoList) -> None:
+    sample = EvalDataset(videos, **{**EVAL, "num_clips": 1, "num_crops": 1, "crop": 64})[0]
+    frames = stored(videos.path(0))[[24, 29, 34]]
+    assert torch.equal(sample.clips[0].permute(1, 2, 3, 0), frames[:, 16:80, 48:112])
+
+
+def test_a_video_is_opened_once_and_every_frame_read_once(videos: VideoList, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    read: list[int] = []
+
+    def counting(path: str, decoder: str) -> Any:
+        video = open_video(path, decoder)
+        frames = video.frames
+        video.frames = lambda indices: read.extend(indices) or frames(indices)  # type: ignore[method-assign]
+        opened.append(path)
+        return video
+
+    monkeypatch.setattr(dataset_module, "open_video", counting)
+    clips = EvalDataset(videos, **{**EVAL, "num_frames": 8, "sampling_rate": 2, "num_clips": 10})[0].clips
+    assert clips.shape == (30, 3, 8, 96, 96)
+    assert opened == [videos.path(0)]
+    assert read == sorted(set(read))
+    assert (read[0], read[-1]) == (0, 59)
+
+
+def test_clips_are_contiguous_and_own_their_bytes(videos: VideoList) -> None:
+    for sample in (TrainDataset(videos, **TRAIN)[(0, 0)], EvalDataset(videos, **EVAL)[2]):
+        assert sample.clips.dtype == torch.uint8
+        assert sample.clips.is_contiguous()
+        assert sample.clips.untyped_storage().nbytes() == sample.clips.numel()
+
+
+# ---- faults
+
+
+def test_a_video_that_does_not_decode_is_a_sample_with_an_error(videos: VideoList) -> None:
+    for sample in (TrainDataset(videos, **TRAIN)[(0, 1)], EvalDataset(videos, **EVAL)[1]):
+        assert (sample.clips.numel(), sample.label, sample.video) == (0, 1, 1)
+        assert sample.error.startswith(f"{videos.source}:2: {videos.path(1)}: cannot be opened (Invalid data")
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_no_decoder_error_escapes(decoder: str, videos: VideoList) -> None:
+    if decoder == "decord":
+        pytest.importorskip("decord", reason="decord has no wheels for this platform")
+    whole = Path(videos.path(0)).read_bytes()
+    rng = np.random.default_rng(0)
+    failed = 0
+    for trial in range(12):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(48, len(data), 200)] = rng.integers(0, 256, 200)
+        write(Path(videos.path(1)), data.tobytes())
+        failed += bool(TrainDataset(videos, **TRAIN, decoder=decoder)[(trial, 1)].error)
+    assert failed > 0
+
+
+def test_programming_errors_are_raised(videos: VideoList, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(IndexError):
+        EvalDataset(videos, **EVAL)[3]
+    monkeypatch.setattr(dataset_module, "to_clip", lambda frames: frames.no_such_thing)
+    with pytest.raises(AttributeError):
+        TrainDataset(videos, **TRAIN)[(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": "dense"}, "policy is 'dense'; choose one of: strided, pyslowfast"),
+        ({"short": "mirror"}, "short is 'mirror'; choose one of: None, loop, clamp"),
+        ({"decoder": "opencv"}, "decoder is 'opencv'; choose one of: auto, pyav, decord"),
+        ({"short_side": (120, 100)}, r"short_side is \(120, 100\); give \(low, high\)"),
+        ({"crop": 97}, "crop 97 does not fit into short_side 96; lower it or raise the short side"),
+        ({"num_frames": 0}, "num_frames is 0; it must be at least 1"),
+        ({"sampling_rate": 0}, "sampling_rate is 0; it must be at least 1"),
+        ({"target_fps": -1}, "target_fps is -1; it must be 0"),
+    ],
+)
+def test_arguments_are_checked_before_the_first_sample(change: dict[str, Any], message: str, videos: VideoList) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainDataset(videos, **{**TRAIN, **change})
+    if "short_side" not in change:
+        with pytest.raises(ValueError, match=message):
+            EvalDataset(videos, **{**EVAL, **change})
+
+
+def test_number_of_views_is_checked(videos: VideoList) -> None:
+    with pytest.raises(ValueError, match="num_crops is 2; it must be 1"):
+        EvalDataset(videos, **{**EVAL, "num_crops": 2})
+    with pytest.raises(ValueError, match="num_clips is 0; it must be at least 1"):
+        EvalDataset(videos, **{**EVAL, "num_clips": 0})
+
+
+# ---- batches
+
+
+def sample(video: int, label: int, error: str = "") -> Sample:
+    clips = torch.empty(0, dtype=torch.uint8) if error else torch.full((2, 3, 4, 5, 5), video, dtype=torch.uint8)
+    return Sample(clips, label, video, error)
+
+
+def test_collate_keeps_failed_samples_apart() -> None:
+    batch = collate([sample(7, 1), sample(8, 2, "l:9: a.mp4: gone; fetch it"), sample(9, 3)])
+    assert batch.clips.shape == (2, 2, 3, 4, 5, 5)
+    assert batch.clips[:, 0, 0, 0, 0, 0].tolist() == [7, 9]
+    assert (batch.labels.tolist(), batch.videos.tolist()) == ([1, 3], [7, 9])
+    assert {t.dtype for t in (batch.labels, batch.videos, batch.failed_videos)} == {torch.int64}
+    assert (batch.errors, batch.failed_videos.tolist()) == (["l:9: a.mp4: gone; fetch it"], [8])
+
+
+def test_a_batch_of_failures_is_empty() -> None:
+    batch = collate([sample(8, 2, "gone")])
+    assert (len(batch.clips), batch.clips.ndim, len(batch.labels), batch.errors) == (0, 6, 0, ["gone"])
+
+
+def test_a_batch_prints_shapes_not_pixels() -> None:
+    text = repr(collate([sample(7, 1), sample(8, 2, "gone")]))
+    assert text == "Batch(clips=uint8 [1, 2, 3, 4, 5, 5], labels=[1], videos=[7], failed_videos=[8])"
+    assert isinstance(collate([]), Batch)
+    assert re.search(r"\[0, 0, 0, 0, 0, 0\]", repr(collate([])))

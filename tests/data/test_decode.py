@@ -1,0 +1,468 @@
+"""One contract for all decoders: the right frame or a DecodeError. The clips carry their frame numbers."""
+
+import contextlib
+import random
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octvideo.data.decode import BACKENDS, DecodeError, open_video
+
+REAL_VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
+# What decord gets wrong, so that it is refused.
+DECORD_REFUSES = {
+    "h264, transport stream": "decord is inexact in mpegts; use the decoder pyav",
+    "h264, second of two streams": "decord mixes up its 2 video streams; use the decoder pyav",
+    "mpeg2, program stream": "decord is inexact in mpeg; use the decoder pyav",
+}
+
+Read = Callable[[Tensor], list[int]]
+ClipFile = Callable[[str], str]
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "decord":
+        pytest.importorskip("decord", reason="decord has no wheels for this platform")
+    return request.param
+
+
+def orders(num_frames: int) -> Iterator[list[int]]:
+    """Single, ordered, shuffled and repeated frames, and the whole video."""
+    rng = random.Random(0)
+    yield list(range(num_frames))
+    for _ in range(4):
+        yield [rng.randrange(num_frames)]
+    for stride in (1, 2, 7):
+        start = rng.randrange(num_frames)
+        yield list(range(start, num_frames, stride))
+    for _ in range(3):
+        yield [rng.randrange(num_frames) for _ in range(6)]
+    yield [0, num_frames - 1, 0, num_frames - 1]
+
+
+def test_the_right_frames_in_the_order_asked(any_clip: tuple[str, str], backend: str, read_codes: Read) -> None:
+    name, path = any_clip
+    if backend == "decord" and name in DECORD_REFUSES:
+        with pytest.raises(DecodeError, match=DECORD_REFUSES[name]):
+            open_video(path, backend)
+        return
+    with open_video(path, backend) as video:
+        assert video.num_frames == {"h264, one frame": 1}.get(name, 100 if "250" in name else 60)
+        for order in orders(video.num_frames):
+            assert read_codes(video.frames(order)) == order
+
+
+def test_each_first_frame_after_opening(any_clip: tuple[str, str], read_codes: Read) -> None:
+    """No state of an earlier call helps."""
+    _, path = any_clip
+    with open_video(path) as video:
+        num_frames = video.num_frames
+    for index in sorted({0, num_frames // 3, num_frames // 2, num_frames - 1}):
+        with open_video(path) as video:
+            assert read_codes(video.frames([index])) == [index]
+
+
+def test_shape_type_and_frame_rate(clip_file: ClipFile, backend: str) -> None:
+    with open_video(clip_file("h264, gop 12"), backend) as video:
+        clip = video.frames([3, 5])
+        assert (clip.dtype, clip.shape, video.fps) == (torch.uint8, (2, 96, 160, 3), 30.0)
+        assert clip.is_contiguous()
+    with open_video(clip_file("h264, variable frame rate"), backend) as video:
+        assert video.fps == pytest.approx(15.025, abs=1e-2)  # 60 frames in 3.99 s
+    with open_video(clip_file("h264, odd width"), backend) as video:
+        assert video.frames([0]).shape == (1, 97, 161, 3)
+
+
+def test_the_decoders_agree_on_pixels(clip_file: ClipFile) -> None:
+    pytest.importorskip("decord", reason="decord has no wheels for this platform")
+    for name in ("h264, gop 12, B frames", "hevc, open gop", "vp9", "mpeg4", "h264, 10 bit"):
+        with open_video(clip_file(name), "pyav") as ours, open_video(clip_file(name), "decord") as theirs:
+            difference = (ours.frames([4, 33]).float() - theirs.frames([4, 33]).float()).abs()
+        assert difference.mean() < 1.5, name
+
+
+def test_colours_are_those_of_the_standard(tmp_path: Path, backend: str) -> None:
+    """BT.601, limited range (16..235 is black..white) and full range (0..255 is)."""
+    for pix_fmt, luma, chroma in (("yuv420p", 255 / 219, 255 / 224), ("yuvj420p", 1, 1)):
+        path = str(tmp_path / f"{pix_fmt}.mp4")
+        with av.open(path, "w") as container:
+            stream = container.add_stream("libx264", rate=30, width=64, height=48)
+            stream.pix_fmt = pix_fmt
+            frame = av.VideoFrame(64, 48, pix_fmt)
+            for plane, value in zip(frame.planes, (120, 128, 178), strict=True):
+                plane.update(bytes([value]) * plane.buffer_size)
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        grey = (120 if luma == 1 else 120 - 16) * luma
+        expected = [grey + 1.402 * 50 * chroma, grey - 0.714 * 50 * chroma, grey]
+        with open_video(path, backend) as video:
+            assert video.frames([0]).float().mean(dim=(0, 1, 2)).tolist() == pytest.approx(expected, abs=3)
+
+
+# The display matrix (a, b, c, d) of the file, and what undoes it: [T, H, W, C] as shown -> as stored.
+MATRICES: dict[str, tuple[tuple[int, int, int, int], Callable[[Tensor], Tensor]]] = {
+    "as is": ((1, 0, 0, 1), lambda clip: clip),
+    "90 clockwise": ((0, 1, -1, 0), lambda clip: torch.rot90(clip, 1, (1, 2))),
+    "180": ((-1, 0, 0, -1), lambda clip: torch.rot90(clip, 2, (1, 2))),
+    "90 anticlockwise": ((0, -1, 1, 0), lambda clip: torch.rot90(clip, -1, (1, 2))),
+    "left and right exchanged": ((-1, 0, 0, 1), lambda clip: clip.flip(2)),
+    "upside down": ((1, 0, 0, -1), lambda clip: clip.flip(1)),
+    "rows for columns": ((0, 1, 1, 0), lambda clip: clip.transpose(1, 2)),
+}
+
+
+def write_matrix(source: str, path: Path, a: float, b: float, c: float, d: float) -> str:
+    """Copy an mp4 with another display matrix: 16.16 numbers 40 bytes into its track header."""
+    data = bytearray(Path(source).read_bytes())
+    place = data.index(b"tkhd") + 4 + 40
+    numbers = [round(value * 65536) for value in (a, b, 0, c, d, 0, 0, 0)]
+    data[place : place + 32] = struct.pack(">8i", *numbers)
+    path.write_bytes(data)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_frames_come_upright(name: str, clip_file: ClipFile, tmp_path: Path, backend: str, read_codes: Read) -> None:
+    matrix, undo = MATRICES[name]
+    path = write_matrix(clip_file("h264, gop 12"), tmp_path / "turned.mp4", *matrix)
+    mirrored = matrix[0] * matrix[3] < matrix[1] * matrix[2]
+    if backend == "decord" and mirrored:
+        with pytest.raises(DecodeError, match="use the decoder pyav"):
+            open_video(path, backend)
+        return
+    with open_video(path, backend) as video:
+        clip = video.frames([20, 41])
+    assert clip.shape == ((2, 160, 96, 3) if matrix[0] == 0 else (2, 96, 160, 3))
+    assert read_codes(undo(clip).contiguous()) == [20, 41]
+
+
+def test_other_angles_are_refused(clip_file: ClipFile, tmp_path: Path) -> None:
+    path = write_matrix(clip_file("h264, gop 12"), tmp_path / "turned.mp4", 0.7, 0.7, -0.7, 0.7)
+    with open_video(path) as video, pytest.raises(DecodeError, match="no multiple of 90 degrees"):
+        video.frames([0])
+
+
+def hide_a_copy(number: int, packet: av.Packet) -> list[av.Packet]:
+    """VP8: after the first picture the same once more, marked as not to be shown (as alternate references are)."""
+    if number:
+        return [packet]
+    data = bytearray(bytes(packet))
+    data[0] &= ~0x10
+    hidden = av.Packet(bytes(data))
+    hidden.pts = hidden.dts = packet.pts + 1
+    hidden.time_base = packet.time_base
+    return [packet, hidden]
+
+
+def test_pictures_that_are_never_shown_are_not_counted(
+    clip_file: ClipFile, remux: Callable[..., str], tmp_path: Path, backend: str, read_codes: Read
+) -> None:
+    path = remux(clip_file("vp8"), tmp_path / "hidden.webm", hide_a_copy)
+    try:
+        with open_video(path, backend) as video:
+            assert video.num_frames == 60
+            assert read_codes(video.frames([0, 1, 2, 30, 59])) == [0, 1, 2, 30, 59]
+    except DecodeError as error:
+        assert backend == "decord"
+        assert "decord finds 61 frames where there are 60" in str(error)
+
+
+@pytest.mark.parametrize("name", ["h264, open gop", "h264, gop 12, B frames", "hevc, open gop"])
+def test_a_file_cut_out_of_another(
+    name: str, clip_file: ClipFile, remux: Callable[..., str], tmp_path: Path, read_codes: Read
+) -> None:
+    """What is before the cut by the edit list is not shown: the clip starts at frame 17."""
+
+    def earlier(number: int, packet: av.Packet) -> list[av.Packet]:
+        packet.pts -= 17 * 512
+        packet.dts -= 17 * 512
+        return [packet]
+
+    path = remux(clip_file(name), tmp_path / "cut.mp4", earlier, avoid_negative_ts="disabled")
+    with open_video(path) as video:
+        assert video.num_frames == 43
+        for order in orders(43):
+            assert read_codes(video.frames(order)) == [17 + index for index in order]
+
+
+def test_leading_pictures_that_lost_their_reference(
+    clip_file: ClipFile, remux: Callable[..., str], tmp_path: Path, read_codes: Read
+) -> None:
+    """A stream that starts at the second keyframe of an open group holds pictures that no decoder can show."""
+    started = []
+
+    def from_second_keyframe(number: int, packet: av.Packet) -> list[av.Packet]:
+        started.extend([number] if packet.is_keyframe and number else [])
+        return [packet] if started else []
+
+    path = remux(clip_file("hevc, open gop"), tmp_path / "tail.mkv", from_second_keyframe)
+    with open_video(path) as video:
+        first = 60 - video.num_frames
+        assert first == 12
+        for order in orders(video.num_frames):
+            assert read_codes(video.frames(order)) == [first + index for index in order]
+
+
+def no_h264(packet: av.Packet) -> bytes:
+    return b"\xff" * 200
+
+
+def second_half_lost(packet: av.Packet) -> bytes:
+    """The decoder paints over such damage, and only marks the picture."""
+    data = bytes(packet)
+    return data[: len(data) // 2] + b"\xff" * (len(data) - len(data) // 2)
+
+
+@pytest.fixture(params=[no_h264, second_half_lost])
+def damaged(request: pytest.FixtureRequest, clip_file: ClipFile, remux: Callable[..., str], tmp_path: Path) -> str:
+    """Frame 28 is damaged, and with it all up to the next keyframe, 36."""
+
+    def damage(number: int, packet: av.Packet) -> list[av.Packet]:
+        if number != 28:
+            return [packet]
+        broken = av.Packet(request.param(packet))
+        broken.pts, broken.dts, broken.time_base = packet.pts, packet.dts, packet.time_base
+        return [broken]
+
+    return remux(clip_file("h264, gop 12"), tmp_path / "damaged.mp4", damage)
+
+
+def test_damage_is_an_error_and_the_other_frames_are_right(damaged: str, read_codes: Read) -> None:
+    for order in ([3, 20], [27], [40, 36], [59, 0]):
+        with open_video(damaged) as video:
+            assert read_codes(video.frames(order)) == order
+    for order, wrong in (([28], 28), ([0, 30, 59], 30), ([35], 35), ([27, 33], 33)):
+        with open_video(damaged) as video, pytest.raises(DecodeError) as caught:
+            video.frames(order)
+        reason = r"(Invalid data found when processing input|frame 28 is damaged)"
+        assert re.match(
+            rf"{damaged}: frame {wrong} of 60 cannot be decoded \({reason}\); the file is damaged: fetch or",
+            str(caught.value),
+        )
+
+
+@pytest.mark.parametrize("damaged", [no_h264], indirect=True)
+def test_decord_and_a_picture_that_does_not_parse(damaged: str, read_codes: Read) -> None:
+    """decord decodes ahead, in a thread: it may or may not come upon the damage while it reads frame 3."""
+    pytest.importorskip("decord", reason="decord has no wheels for this platform")
+    with open_video(damaged, "decord") as video:
+        with contextlib.suppress(DecodeError):
+            assert read_codes(video.frames([3])) == [3]
+        for order in ([3, 30], [29], [50]):  # never on from behind the damage
+            with pytest.raises(DecodeError, match=rf"{damaged}: frame \d+ of 60 cannot be decoded"):
+                video.frames(order)
+
+
+def test_after_an_error_the_video_goes_on(damaged: str, read_codes: Read) -> None:
+    with open_video(damaged) as video:
+        for _ in range(2):
+            for order in ([27, 28], [30], [31, 35]):
+                with pytest.raises(DecodeError, match=f"frame {order[-1] if 27 in order else order[0]} of 60"):
+                    video.frames(order)
+            assert read_codes(video.frames([50, 3])) == [50, 3]
+
+
+@pytest.mark.parametrize("name", ["h264, gop 12, B frames", "h264, open gop", "hevc, open gop", "mpeg4, B frames"])
+def test_a_demuxer_that_seeks_beside_its_mark(
+    name: str, clip_file: ClipFile, monkeypatch: pytest.MonkeyPatch, read_codes: Read
+) -> None:
+    """A seek that ends at the keyframe behind the one asked for, or between two: an earlier start must be found."""
+    from octvideo.data import decode_pyav
+
+    restart, packets = decode_pyav.PyAVVideo._restart, decode_pyav._packets
+
+    def too_far(video: decode_pyav.PyAVVideo, start: int) -> None:
+        restart(video, start if start < 0 else min(start + 1, 4))
+
+    def without_its_keyframe(*source: Any) -> Iterator[Any]:
+        found = packets(*source)
+        first = next(found)
+        yield from found if first.pts else chain([first], found)
+
+    with open_video(clip_file(name)) as video:
+        for attribute, wrong in (("PyAVVideo._restart", too_far), ("_packets", without_its_keyframe)):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"octvideo.data.decode_pyav.{attribute}", wrong)
+                for order in orders(60):
+                    assert read_codes(video.frames(order)) == order
+
+
+def write_faults(folder: Path, write_clip: Callable[..., str]) -> dict[str, tuple[Path, str]]:
+    """Name -> a file that is no readable video, and what the error must say."""
+    plain = Path(write_clip(folder / "plain.mp4"))
+    fast = Path(write_clip(folder / "fast.mp4", container_options={"movflags": "faststart"}))
+    contents = {
+        "empty": (b"", "Invalid data found"),
+        "garbage": (np.random.default_rng(0).bytes(5000), "Invalid data found"),
+        "html": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 20, "Invalid data found"),
+        "index lost": (plain.read_bytes()[: plain.stat().st_size // 2], "Invalid data found"),
+        "data cut": (fast.read_bytes()[: fast.stat().st_size * 2 // 3], r"cut short or damaged at frame \d+"),
+    }
+    faults = {}
+    for name, (data, reason) in contents.items():
+        path = folder / f"{name}.mp4"
+        path.write_bytes(data)
+        faults[name] = (path, reason)
+    faults["missing"] = (folder / "missing.mp4", "no such file; check the list and its prefix")
+    faults["a folder"] = (folder, "Is a directory")
+    sound = folder / "sound.mp3"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("libmp3lame", rate=16000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), format="s16p", layout="mono")
+        silence.sample_rate = 16000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode(None))
+    faults["sound only"] = (sound, "it has no video stream")
+    cover = folder / "cover.mp3"
+    cover.write_bytes(id3_cover() + sound.read_bytes())
+    faults["sound with a cover picture"] = (cover, "it has no video stream")
+    return faults
+
+
+def id3_cover() -> bytes:
+    """An ID3v2.3 tag that holds a picture."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 16, 16, "rgb24", Fraction(1)
+    image = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+    body = b"\0image/png\0\3\0" + b"".join(bytes(packet) for packet in encoder.encode(image) + encoder.encode(None))
+    frame = b"APIC" + struct.pack(">I", len(body)) + b"\0\0" + body
+    size = bytes((len(frame) >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    return b"ID3\3\0\0" + size + frame
+
+
+def test_files_that_are_no_video(tmp_path: Path, backend: str, write_clip: Callable[..., str]) -> None:
+    for name, (path, reason) in write_faults(tmp_path, write_clip).items():
+        with pytest.raises(DecodeError, match=reason) as caught:
+            open_video(str(path), backend)
+        assert str(caught.value).startswith(f"{path}: "), name
+        assert "; " in str(caught.value), name  # a remedy
+
+
+def test_index_outside_the_video(clip_file: ClipFile, backend: str) -> None:
+    with open_video(clip_file("h264, gop 12"), backend) as video:
+        for index in (-1, 60):
+            with pytest.raises(IndexError, match=rf"frame index {index} is outside 0\.\.59 \(60 frames\)"):
+                video.frames([0, index])
+        with pytest.raises(IndexError, match="no frame index"):
+            video.frames([])
+
+
+def test_unknown_decoder_lists_the_legal_ones() -> None:
+    with pytest.raises(ValueError, match="unknown decoder 'ffmpeg'; choose one of: auto, pyav, decord"):
+        open_video("x.mp4", "ffmpeg")
+
+
+def test_decoders_are_imported_when_used(clip_file: ClipFile) -> None:
+    code = (
+        "import sys; from octvideo.data.decode import open_video; assert not {'av', 'decord'} & set(sys.modules);"
+        f"open_video({clip_file('mpeg4')!r}).close(); assert 'av' in sys.modules and 'decord' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "most"),
+    [
+        ("h264, gop 250", [0], 1),
+        ("h264, gop 250", [9, 0, 5], 10),  # one pass, whatever the order
+        ("h264, gop 250, B frames", list(range(0, 60, 8)), 57 + 8),  # and what the decoder holds back
+        ("h264, gop 12", [40], 5),  # from the keyframe 36
+        ("h264, gop 12", [4, 40], 5 + 5),
+        ("h264, gop 12", [9, 12], 13),  # on to the next group: no seek, nothing twice
+    ],
+)
+def test_no_more_is_decoded_than_needed(
+    name: str, order: list[int], most: int, clip_file: ClipFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octvideo.data import decode_pyav
+
+    sent, converted = [], []
+    packets, rgb = decode_pyav._packets, decode_pyav.PyAVVideo._rgb
+    with open_video(clip_file(name)) as video:
+        monkeypatch.setattr(decode_pyav, "_packets", lambda *args: (sent.append(p) or p for p in packets(*args)))
+        monkeypatch.setattr(decode_pyav.PyAVVideo, "_rgb", lambda *args: converted.append(1) or rgb(*args))
+        video.frames(order + order)
+    assert len(sent) <= most
+    assert len(converted) == len(set(order))
+
+
+def test_reading_on_decodes_nothing_twice(clip_file: ClipFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octvideo.data import decode_pyav
+
+    sent = []
+    packets = decode_pyav._packets
+    with open_video(clip_file("h264, gop 250, B frames")) as video:
+        monkeypatch.setattr(decode_pyav, "_packets", lambda *args: (sent.append(p) or p for p in packets(*args)))
+        for first in range(0, 100, 10):
+            video.frames(range(first, first + 10))
+    assert len(sent) <= 100 + 1  # and the one that flushes
+
+
+def by_plain_decoding(path: Path) -> tuple[int, dict[int, Tensor]]:
+    """The number of frames that come when a file is just decoded, and the 1st, 5th, 9th ... turned by FFmpeg's angle."""
+    count, images = 0, {}
+    with av.open(str(path)) as container:
+        try:
+            for frame in container.decode(container.streams.best("video")):
+                if count % 4 == 0:
+                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                    images[count] = torch.from_numpy(upright.copy())
+                count += 1
+        except av.error.InvalidDataError:
+            pass  # the rest of corrupted.mp4
+    return count, images
+
+
+@pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real videos at {REAL_VIDEOS}")
+@pytest.mark.parametrize("path", sorted(REAL_VIDEOS.glob("*.*")), ids=lambda path: path.name)
+def test_real_files_by_seeking_and_in_sequence(path: Path) -> None:
+    count, images = by_plain_decoding(path)
+    with open_video(str(path)) as video:
+        assert video.num_frames == {"corrupted.mp4": 50}.get(path.name, count)
+        rng = random.Random(0)
+        singles = [[index] for index in rng.choices(list(images), k=3)]
+        for order in (list(images), *singles, rng.choices(list(images), k=4)):
+            assert torch.equal(video.frames(order), torch.stack([images[index] for index in order]))
+        if video.num_frames > count:
+            with pytest.raises(DecodeError, match=f"frame {count} of 50 cannot be decoded"):
+                video.frames([0, count])
+
+
+@pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real videos at {REAL_VIDEOS}")
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("rotated_90.mov", ""),
+        ("rotated_180.mov", ""),
+        ("rotated_270.mov", ""),
+        ("h265_video.mp4", ""),
+        ("packed_b_frames.avi", ""),
+        ("bt709_full_range.mp4", ""),
+        ("corrupted.mp4", "frame 49 of 50 cannot be decoded"),
+        ("nasa_13013.mp4", "decord mixes up its 2 video streams"),
+        ("av1_video.mkv", "decord cannot open it"),
+    ],
+)
+def test_real_files_by_decord(name: str, refused: str) -> None:
+    pytest.importorskip("decord", reason="decord has no wheels for this platform")
+    path = str(REAL_VIDEOS / name)
+    if refused:
+        with pytest.raises(DecodeError, match=refused), open_video(path, "decord") as video:
+            video.frames([49])
+        return
+    with open_video(path, "decord") as theirs, open_video(path) as ours:
+        order = [theirs.num_frames - 1, 0, theirs.num_frames // 2]
+        assert (theirs.frames(order).float() - ours.frames(order).float()).abs().mean() < 0.5

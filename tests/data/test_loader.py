@@ -1,0 +1,159 @@
+import time
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+
+from octvideo.data.dataset import Batch, EvalDataset, Sample, TrainDataset, VideoList, read_list
+from octvideo.data.loader import EvalBatches, TrainBatches, make_loader
+
+
+def batches_of(num_videos: int, **arguments: Any) -> list[list[tuple[int, int]]]:
+    return list(TrainBatches(num_videos, **arguments))
+
+
+# ---- which videos
+
+
+def test_an_epoch_is_a_permutation_without_its_incomplete_end() -> None:
+    batches = batches_of(11, global_batch=4, seed=0)
+    assert [len(batch) for batch in batches] == [4, 4]
+    keys = [key for batch in batches for key in batch]
+    assert {epoch for epoch, _ in keys} == {0}
+    assert len({index for _, index in keys}) == 8
+    assert {index for _, index in keys} <= set(range(11))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_global_batch_is_the_same_at_any_world_size(world_size: int) -> None:
+    alone = batches_of(40, global_batch=12, seed=5)
+    ranks = [batches_of(40, global_batch=12, seed=5, rank=r, world_size=world_size) for r in range(world_size)]
+    assert [[*chain(*parts)] for parts in zip(*ranks, strict=True)] == alone
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    before = torch.get_rng_state()
+    batches = TrainBatches(30, global_batch=5, seed=0)
+    epochs = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        epochs.append([[index for _, index in batch] for batch in batches])
+    assert epochs[0] == epochs[2]
+    assert epochs[0] != epochs[1]
+    assert [[index for _, index in batch] for batch in batches_of(30, global_batch=5, seed=1)] != epochs[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_epoch_resumes_in_the_middle() -> None:
+    batches = TrainBatches(30, global_batch=5, seed=0, rank=0, world_size=1)
+    batches.set_epoch(3)
+    whole = list(batches)
+    batches.set_epoch(3, start_step=4)
+    assert len(batches) == 2
+    assert list(batches) == whole[4:]
+    batches.set_epoch(3, start_step=6)
+    assert (len(batches), list(batches)) == (0, [])
+    batches.set_epoch(4)
+    assert len(batches) == 6
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match="7 videos do not fill one global batch of 8; lower the batch or add videos"):
+        TrainBatches(7, global_batch=8, seed=0)
+    with pytest.raises(ValueError, match="a global batch of 10 is not divisible by 4 processes; try 8"):
+        TrainBatches(70, global_batch=10, seed=0, world_size=4)
+    with pytest.raises(ValueError, match="a global batch of 2 is not divisible by 4 processes; try 4"):
+        TrainBatches(70, global_batch=2, seed=0, world_size=4)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        EvalBatches(5, batch_size=0)
+
+
+@pytest.mark.parametrize(("num_videos", "batch_size", "world_size"), [(10, 3, 1), (10, 3, 4), (3, 2, 5), (0, 2, 2)])
+def test_evaluation_sees_every_video_once(num_videos: int, batch_size: int, world_size: int) -> None:
+    seen = []
+    for rank in range(world_size):
+        batches = EvalBatches(num_videos, batch_size=batch_size, rank=rank, world_size=world_size)
+        listed = list(batches)
+        assert len(listed) == len(batches)
+        assert all(0 < len(batch) <= batch_size for batch in listed)
+        seen += chain(*listed)
+    assert sorted(seen) == list(range(num_videos))
+
+
+# ---- the loader
+
+
+@pytest.fixture(scope="module")
+def videos(clip_file: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> VideoList:
+    folder = tmp_path_factory.mktemp("list")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    names = ["h264, gop 12", "mpeg4", "vp9", "h264, gop 250", "hevc, open gop"]
+    lines = [f"{clip_file(name)} {label}" for label, name in enumerate(names)] + [f"{folder}/broken.mp4 5"]
+    (folder / "list.txt").write_text("\n".join(lines))
+    return read_list(str(folder / "list.txt"), num_classes=6)
+
+
+def train_dataset(videos: VideoList) -> TrainDataset:
+    return TrainDataset(
+        videos, num_frames=2, sampling_rate=4, target_fps=30, short_side=(64, 72), crop=56, flip=True, seed=0
+    )
+
+
+def two_epochs(videos: VideoList, num_workers: int) -> list[Batch]:
+    batches = TrainBatches(len(videos), global_batch=2, seed=0)
+    loader = make_loader(train_dataset(videos), batches, num_workers=num_workers)
+    found = list(loader)
+    batches.set_epoch(1, start_step=1)
+    assert len(loader) == 2
+    return found + list(loader)
+
+
+def test_batches_are_the_same_for_any_number_of_workers(videos: VideoList) -> None:
+    """Over two epochs, the second resumed after one step: workers live on and are told by the keys."""
+    before = torch.get_rng_state()
+    alone = two_epochs(videos, 0)
+    assert [len(batch.clips) + len(batch.errors) for batch in alone] == [2] * 5
+    assert sum(len(batch.errors) for batch in alone[:3]) == 1
+    for num_workers in (1, 2):
+        for ours, theirs in zip(alone, two_epochs(videos, num_workers), strict=True):
+            assert torch.equal(ours.clips, theirs.clips)
+            assert ours.videos.tolist() == theirs.videos.tolist()
+            assert ours.labels.tolist() == theirs.labels.tolist() == ours.videos.tolist()
+            assert ours.errors == theirs.errors
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_through_the_loader(videos: VideoList) -> None:
+    dataset = EvalDataset(
+        videos, num_frames=2, sampling_rate=4, target_fps=30, num_clips=2, num_crops=3, short_side=32, crop=32
+    )
+    loader = make_loader(dataset, EvalBatches(len(videos), batch_size=4), num_workers=1)
+    first, second = loader
+    assert first.clips.shape == (4, 6, 3, 2, 32, 32)
+    assert (first.videos.tolist(), first.errors) == ([0, 1, 2, 3], [])
+    assert (second.videos.tolist(), second.failed_videos.tolist()) == ([4], [5])
+    assert "list.txt:6:" in second.errors[0]
+
+
+class Probe(torch.utils.data.Dataset[Sample]):
+    """Tells the number of torch threads as its label, and takes its time over video 1."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(self.seconds if index == 1 else 0)
+        return Sample(torch.zeros(1, 3, 1, 2, 2, dtype=torch.uint8), torch.get_num_threads(), index, "")
+
+
+def test_workers_run_torch_on_one_thread() -> None:
+    (batch,) = make_loader(Probe(0), EvalBatches(2, batch_size=2), num_workers=1)  # type: ignore[arg-type]
+    assert batch.labels.tolist() == [1, 1]
+
+
+def test_a_worker_that_hangs_is_an_error_after_the_timeout() -> None:
+    loader = make_loader(Probe(2.5), EvalBatches(2, batch_size=1), num_workers=1, timeout_s=1)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        list(loader)

@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octvideo.data.sampling import seeded_generator
+from octvideo.data.transforms import (
+    normalize,
+    random_crop,
+    random_flip,
+    random_short_side,
+    scale_short_side,
+    scaled_size,
+    to_clip,
+    uniform_crops,
+)
+
+
+def noise(frames: int, height: int, width: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8))
+
+
+def places(height: int, width: int) -> Tensor:
+    """[1, H, W, 2]: every pixel holds its own row and column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([rows, columns], dim=-1)[None].to(torch.uint8)
+
+
+def bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Between pixel centres, edges repeated, in float64: straight from the definition."""
+
+    def weights(old: int, new: int) -> np.ndarray:
+        matrix = np.zeros((new, old))
+        for target in range(new):
+            source = min(max((target + 0.5) * old / new - 0.5, 0), old - 1)
+            low = int(source)
+            matrix[target, low] += 1 - (source - low)
+            matrix[target, min(low + 1, old - 1)] += source - low
+        return matrix
+
+    return np.einsum("yh,thwc,xw->tyxc", weights(frames.shape[1], height), frames, weights(frames.shape[2], width))
+
+
+@pytest.mark.parametrize(("height", "width", "short"), [(31, 47, 53), (48, 36, 29), (64, 85, 64 + 7), (33, 33, 17)])
+def test_bilinear_against_the_definition(height: int, width: int, short: int) -> None:
+    frames = noise(2, height, width)
+    scaled = scale_short_side(frames, short)
+    assert scaled.dtype == torch.uint8
+    difference = np.abs(scaled.numpy() - bilinear(frames.numpy().astype(float), *scaled.shape[1:3]))
+    assert difference.max() <= 1.0  # uint8 arithmetic rounds twice, once per direction
+    assert difference.mean() < 0.5
+
+
+def test_size_that_fits_is_left_alone() -> None:
+    frames = noise(1, 24, 40)
+    assert scale_short_side(frames, 24) is frames
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "expected"),
+    [
+        ((256, 340), 256, (256, 340)),
+        ((256, 340), 320, (320, 425)),
+        ((240, 320), 256, (256, 341)),  # 341.3
+        ((320, 240), 256, (341, 256)),
+        ((1080, 1920), 256, (256, 455)),  # 455.1
+        ((101, 101), 57, (57, 57)),
+        ((3, 5), 6, (6, 10)),
+        ((2, 3), 3, (3, 5)),  # 4.5, half up
+    ],
+)
+def test_scaled_size_keeps_proportions(size: tuple[int, int], short: int, expected: tuple[int, int]) -> None:
+    assert scaled_size(*size, short) == expected
+
+
+def test_random_short_side_covers_both_ends_evenly() -> None:
+    generator = seeded_generator(0)
+    drawn = torch.tensor([random_short_side(256, 260, generator) for _ in range(2000)])
+    counts = torch.bincount(drawn - 256)
+    assert len(counts) == 5
+    assert counts.min() > 340  # of 400 expected
+    assert random_short_side(256, 256, generator) == 256
+
+
+def test_random_crop_is_uniform_over_all_places() -> None:
+    frames = places(7, 9)
+    generator = seeded_generator(0)
+    corners = torch.zeros(3, 5, dtype=torch.int64)
+    for _ in range(3000):
+        crop = random_crop(frames, 5, generator)
+        assert crop.shape == (1, 5, 5, 2)
+        top, left = crop[0, 0, 0].tolist()
+        assert crop[0, -1, -1].tolist() == [top + 4, left + 4]
+        corners[top, left] += 1
+    assert corners.min() > 150  # of 200 expected
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "expected"),
+    [
+        ((4, 9), 4, [(0, 0), (0, 3), (0, 5)]),  # left, centre (2.5 rounded up, as PySlowFast), right
+        ((9, 4), 4, [(0, 0), (3, 0), (5, 0)]),  # top, centre, bottom
+        ((6, 9), 4, [(1, 0), (1, 3), (1, 5)]),
+        ((5, 5), 5, [(0, 0)] * 3),
+    ],
+)
+def test_three_crops_along_the_longer_side(size: tuple[int, int], crop: int, expected: list[tuple[int, int]]) -> None:
+    crops = uniform_crops(places(*size), crop, 3)
+    assert [tuple(each[0, 0, 0].tolist()) for each in crops] == expected
+    assert {each.shape for each in crops} == {(1, crop, crop, 2)}
+    (centre,) = uniform_crops(places(*size), crop, 1)
+    assert torch.equal(centre, crops[1])
+
+
+def test_crops_that_do_not_fit() -> None:
+    frames = noise(1, 20, 30)
+    for call in (lambda: random_crop(frames, 21, seeded_generator(0)), lambda: uniform_crops(frames, 21, 3)):
+        with pytest.raises(ValueError, match="a crop of 21 does not fit into frames of 30x20; make the short side at"):
+            call()
+    with pytest.raises(ValueError, match="num_crops is 2; it must be 1"):
+        uniform_crops(frames, 10, 2)
+
+
+def test_flip_mirrors_columns_in_half_of_the_clips() -> None:
+    frames = noise(2, 4, 6)
+    mirrored = torch.from_numpy(frames.numpy()[:, :, ::-1].copy())
+    generator = seeded_generator(0)
+    flipped = 0
+    for _ in range(400):
+        clip = random_flip(frames, generator)
+        assert torch.equal(clip, frames) or torch.equal(clip, mirrored)
+        flipped += torch.equal(clip, mirrored)
+    assert 160 < flipped < 240
+
+
+def test_clip_is_planar_contiguous_and_owns_its_bytes() -> None:
+    frames = noise(4, 8, 10)
+    clip = to_clip(frames[:, 2:6, 3:7])
+    assert clip.shape == (3, 4, 4, 4)
+    assert clip.is_contiguous()
+    assert clip.untyped_storage().nbytes() == clip.numel()
+    assert np.array_equal(clip.numpy(), frames.numpy()[:, 2:6, 3:7].transpose(3, 0, 1, 2))
+    alone = to_clip(frames[:1, :1, :1])  # already in order: still a copy
+    assert alone.untyped_storage().nbytes() == 3
+
+
+def test_random_transforms_repeat_vary_and_leave_the_global_generator_alone() -> None:
+    frames = noise(1, 40, 60)
+
+    def draw(key: int) -> list[int]:
+        generator = seeded_generator(key)
+        crop = random_flip(random_crop(frames, 16, generator), generator)
+        return [random_short_side(256, 320, generator), int(crop.sum())]
+
+    before = torch.get_rng_state()
+    draws = [draw(key) for key in range(20)]
+    assert draw(7) == draws[7]
+    assert len({tuple(each) for each in draws}) == 20
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_normalize_per_channel_and_by_one_value() -> None:
+    clips = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1, 1).expand(2, 3, 4, 5, 6)
+    out = normalize(clips, [0.0, 0.1, 0.5], [1.0, 0.5, 0.25])
+    assert (out.dtype, out.shape) == (torch.float32, (2, 3, 4, 5, 6))
+    assert out[1, :, 3, 4, 5].tolist() == pytest.approx([0, 0.2, 2])
+    single = normalize(clips, 0.45, 0.225)
+    assert single[0, :, 0, 0, 0].tolist() == pytest.approx([-2, -0.25 / 0.225, 0.55 / 0.225], rel=1e-6)
+    views = normalize(torch.zeros(2, 3, 3, 1, 2, 2, dtype=torch.uint8), 0.45, 0.225)  # [N, V, C, T, H, W]
+    assert views.shape == (2, 3, 3, 1, 2, 2)
+
+
+def test_normalize_leaves_its_input_alone_and_checks_channels() -> None:
+    clips = torch.full((3, 1, 2, 2), 10.0)
+    normalize(clips, 0.45, 0.225)
+    assert (clips == 10).all()
+    with pytest.raises(ValueError, match="mean has 2 values; give 1, or 3: one per channel"):
+        normalize(clips, [0.4, 0.5], 0.225)
