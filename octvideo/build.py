@@ -1,0 +1,449 @@
+"""The composition root: a configuration -> networks, loaders, optimizer, schedule, and the two jobs, train and test.
+
+The only library file that reads a configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import octvideo
+from octvideo import config
+from octvideo.analysis.complexity import Complexity, complexity
+from octvideo.config import ConfigError
+from octvideo.data import dataset, loader, transforms
+from octvideo.data.dataset import EvalDataset, TrainDataset, VideoList
+from octvideo.data.decode import BACKENDS
+from octvideo.data.sampling import POLICIES
+from octvideo.engine import checkpoint, optim
+from octvideo.engine.checkpoint import CheckpointError
+from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
+from octvideo.engine.evaluate import Evaluation, evaluate
+from octvideo.engine.log import Log
+from octvideo.engine.train import Progress, fit
+from octvideo.models import NETWORKS, SlowFastSpec, Spec, create, feature_sizes, with_octave
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """A file and KEY VALUE overrides -> a checked configuration. Raises ConfigError listing every problem at once."""
+    cfg, problems = config.read(path, overrides)
+    problems += config.check(cfg, networks=NETWORKS, decoders=BACKENDS, policies=POLICIES)
+    if not problems:
+        problems += _shape_problems(cfg)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return cfg
+
+
+def _shape_problems(cfg: CfgNode) -> list[str]:
+    problems = []
+    try:
+        spec = network_spec(cfg)
+    except ValueError as error:
+        return [f"OCTAVE: {error}"]
+    for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
+        try:
+            feature_sizes(spec, (cfg.DATA.NUM_FRAMES, crop, crop))
+        except ValueError as error:
+            problems.append(f"{key} is {crop} with DATA.NUM_FRAMES {cfg.DATA.NUM_FRAMES}: {error}")
+    return problems
+
+
+def network_spec(cfg: CfgNode) -> Spec:
+    spec = NETWORKS[cfg.MODEL.NAME](
+        cfg.MODEL.NUM_CLASSES, dropout=cfg.MODEL.DROPOUT, pool_padding=cfg.MODEL.POOL_PADDING
+    )
+    if isinstance(spec, SlowFastSpec):
+        spec = replace(spec, slow_frames=cfg.DATA.POLICY)
+    else:
+        spec = replace(spec, nonlocal_form=cfg.MODEL.NONLOCAL_FORM)
+    return with_octave(spec, cfg.OCTAVE.ALPHA, pool=cfg.OCTAVE.POOL, ratios=cfg.OCTAVE.RATIOS)
+
+
+def network(cfg: CfgNode) -> nn.Module:
+    """The network with weights drawn from SEED, on the CPU (or wherever torch.device says)."""
+    torch.manual_seed(cfg.SEED)
+    return create(network_spec(cfg))
+
+
+def cost(cfg: CfgNode, crop: int) -> Complexity:
+    """What the network costs for one clip of this crop."""
+    with torch.device("meta"):
+        model = create(network_spec(cfg))
+    return complexity(model, clip_size(cfg, crop))
+
+
+def clip_size(cfg: CfgNode, crop: int) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of a clip."""
+    return (3, cfg.DATA.NUM_FRAMES, crop, crop)
+
+
+def memory_format(cfg: CfgNode) -> torch.memory_format:
+    return torch.channels_last_3d if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
+
+
+def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on its device, its weights in the memory format of MODEL.CHANNELS_LAST."""
+    return model.to(device).to(memory_format=memory_format(cfg))  # type: ignore[call-overload]
+
+
+def prepare_clips(cfg: CfgNode) -> Callable[[Tensor], Tensor]:
+    """uint8 clips on the device -> network input."""
+
+    def prepare(clips: Tensor) -> Tensor:
+        clips = clips.contiguous(memory_format=memory_format(cfg))
+        return transforms.normalize(clips, mean=cfg.DATA.MEAN, std=cfg.DATA.STD)
+
+    return prepare
+
+
+def use_threads(cfg: CfgNode, world: World) -> None:
+    """Set torch's threads in this process. Each more than there are free cores would make all of them wait."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cfg.NUM_THREADS or max(1, cores // local - cfg.DATA.NUM_WORKERS))
+
+
+def video_list(cfg: CfgNode, path: str, *, training: bool) -> VideoList:
+    return dataset.read_list(
+        path,
+        prefix=cfg.DATA.PREFIX,
+        separator=cfg.DATA.SEPARATOR,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        require_all_classes=training,
+    )
+
+
+def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.device) -> DataLoader:
+    clips = TrainDataset(
+        videos,
+        num_frames=cfg.DATA.NUM_FRAMES,
+        sampling_rate=cfg.DATA.SAMPLING_RATE,
+        target_fps=cfg.DATA.TARGET_FPS,
+        policy=cfg.DATA.POLICY,
+        short_side=tuple(cfg.DATA.TRAIN_SHORT_SIDE),
+        crop=cfg.DATA.TRAIN_CROP,
+        flip=cfg.DATA.FLIP,
+        decoder=cfg.DATA.DECODER,
+        seed=cfg.SEED,
+    )
+    try:
+        batches = loader.TrainBatches(
+            len(videos), global_batch=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED, rank=world.rank, world_size=world.size
+        )
+    except ValueError as error:
+        raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}", [str(error)]) from None
+    return _loader(cfg, clips, batches, device)
+
+
+def eval_loader(
+    cfg: CfgNode, videos: VideoList, world: World, device: torch.device, *, num_clips: int, num_crops: int
+) -> DataLoader:
+    views = EvalDataset(
+        videos,
+        num_frames=cfg.DATA.NUM_FRAMES,
+        sampling_rate=cfg.DATA.SAMPLING_RATE,
+        target_fps=cfg.DATA.TARGET_FPS,
+        policy=cfg.DATA.POLICY,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        short_side=cfg.DATA.TEST_SHORT_SIDE,
+        crop=cfg.DATA.TEST_CROP,
+        decoder=cfg.DATA.DECODER,
+    )
+    videos_per_batch = max(1, cfg.TEST.BATCH_SIZE // (num_clips * num_crops))
+    batches = loader.EvalBatches(len(videos), batch_size=videos_per_batch, rank=world.rank, world_size=world.size)
+    return _loader(cfg, views, batches, device)
+
+
+def _loader(cfg: CfgNode, clips: Any, batches: Any, device: torch.device) -> DataLoader:
+    return loader.make_loader(
+        clips,
+        batches,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        timeout_s=cfg.DATA.TIMEOUT_S,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def learning_rate(cfg: CfgNode) -> Callable[[float], float]:
+    """Epochs done -> learning rate for TRAIN.BATCH_SIZE."""
+    scale = cfg.TRAIN.BATCH_SIZE / cfg.SOLVER.BASE_BATCH
+    if cfg.SOLVER.SCHEDULE == "steps":
+        return partial(optim.steps, base_lr=cfg.SOLVER.BASE_LR * scale, milestones=tuple(cfg.SOLVER.MILESTONES))
+    return partial(
+        optim.warmup_cosine,
+        epochs=cfg.TRAIN.EPOCHS,
+        base_lr=cfg.SOLVER.BASE_LR * scale,
+        warmup_epochs=cfg.SOLVER.WARMUP_EPOCHS,
+        warmup_lr=cfg.SOLVER.WARMUP_LR * scale,
+    )
+
+
+def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
+    return optim.sgd(
+        model,
+        lr=learning_rate(cfg)(0.0),
+        momentum=cfg.SOLVER.MOMENTUM,
+        nesterov=cfg.SOLVER.NESTEROV,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+    )
+
+
+def train(cfg: CfgNode, world: World, device: torch.device) -> None:
+    """Train to TRAIN.EPOCHS, leaving checkpoints and metrics in OUTPUT_DIR."""
+    folder = Path(cfg.OUTPUT_DIR)
+    videos = video_list(cfg, cfg.DATA.TRAIN_LIST, training=True)
+    clips = train_loader(cfg, videos, world, device)
+    validate = _validation(cfg, world, device) if cfg.TRAIN.VAL_PERIOD else None
+    model = network(cfg)
+    start = _starting_point(cfg, folder, model)
+    place(cfg, model, device)
+    sgd = optimizer(cfg, model)
+    progress = Progress()
+    torch.manual_seed(cfg.SEED + 1 + world.rank)  # dropout differs between ranks; weights did not
+    if start:
+        sgd.load_state_dict(start["optimizer"])
+        progress = Progress(start["epoch"], start["step"])
+        _restore_random_state(start["random"], world)
+    log = Log(folder, main=world.main, step=progress.step)
+    _announce(cfg, log, world, device, len(videos), len(clips), progress)
+    if world.main:
+        checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
+
+    def after_epoch(values: dict[str, float]) -> None:
+        last = progress.epoch == cfg.TRAIN.EPOCHS
+        line = (
+            f"epoch {progress.epoch}/{cfg.TRAIN.EPOCHS}  loss {values['loss']:.3f}  top-1 {values['top1']:.1f} %  "
+            f"lr {values['lr']:.4g}  {values['clips_per_s']:.1f} clips/s  data wait {100 * values['data_wait']:.0f} %"
+        )
+        log.event("epoch", progress.step, {"epoch": progress.epoch, **values})
+        if validate and (last or progress.epoch % cfg.TRAIN.VAL_PERIOD == 0):
+            broadcast_buffers(model)
+            result = validate(model)
+            line += f"  |  val top-1 {result.top(1):.1f} %"
+            log.event("val", progress.step, {"epoch": progress.epoch, **_accuracy(result)})
+        log.say(line)
+        if last or progress.epoch % cfg.TRAIN.CHECKPOINT_PERIOD == 0:
+            _save(cfg, folder, model, sgd, progress, world, device)
+
+    fit(
+        _parallel(model, world, device),
+        sgd,
+        clips,
+        progress=progress,
+        epochs=cfg.TRAIN.EPOCHS,
+        lr_at=learning_rate(cfg),
+        prepare=prepare_clips(cfg),
+        device=device,
+        world=world,
+        log=log,
+        log_period=cfg.TRAIN.LOG_PERIOD,
+        after_epoch=after_epoch,
+    )
+    log.close()
+
+
+def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
+    """Score TEST_LIST with TEST.CLIPS x TEST.CROPS views and write OUTPUT_DIR/test.json; returns what it holds.
+
+    top1, top5: percent of LISTED videos; one that cannot be decoded counts as wrong and is named under `failed`.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    path, state = _weights_to_test(cfg, folder)
+    videos = video_list(cfg, cfg.DATA.TEST_LIST or cfg.DATA.VAL_LIST, training=False)
+    model = network(cfg)
+    checkpoint.load_weights(model, state["model"], path)
+    result = evaluate(
+        place(cfg, model, device),
+        eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS),
+        torch.from_numpy(videos.labels),
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        prepare=prepare_clips(cfg),
+        clips_per_forward=cfg.TEST.BATCH_SIZE,
+        device=device,
+        world=world,
+        title="test",
+    )
+    report = _report(cfg, path, state, result, videos)
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomic(folder / "test.json", (json.dumps(report, indent=2) + "\n").encode())
+        log = Log(folder, main=True)
+        log.event("test", state["step"], _accuracy(result))
+        log.say(
+            f"test of {path.name}: top-1 {report['top1']:.2f} %, top-5 {report['top5']:.2f} %, "
+            f"{report['videos_scored']} of {report['videos_listed']} videos scored with {report['views']} views each, "
+            f"{report['macs'] / 1e9:.3f} G multiply-adds, {report['params'] / 1e6:.3f} M parameters"
+        )
+        for video, reason in result.failed:
+            log.say(f"  counted as wrong: {videos.path(video)}: {reason}")
+        log.close()
+    return report
+
+
+def _report(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation, videos: VideoList) -> dict[str, Any]:
+    clip = cost(cfg, cfg.DATA.TEST_CROP)
+    return {
+        **_accuracy(result),
+        "views": cfg.TEST.CLIPS * cfg.TEST.CROPS,
+        "clips": cfg.TEST.CLIPS,
+        "crops": cfg.TEST.CROPS,
+        "macs": clip.macs.total,
+        "params": clip.params,
+        "input": list(clip.input),
+        "clips_per_s": round(result.clips_per_s, 2),
+        "model": cfg.MODEL.NAME,
+        "alpha": cfg.OCTAVE.ALPHA,
+        "checkpoint": str(path),
+        "epoch": state["epoch"],
+        "failed": [{"path": videos.path(video), "reason": reason} for video, reason in result.failed],
+    }
+
+
+def _accuracy(result: Evaluation) -> dict[str, Any]:
+    return {
+        "top1": result.top(1),
+        "top5": result.top(5),
+        "videos_scored": int(result.scored.sum()),
+        "videos_listed": len(result.labels),
+    }
+
+
+def _validation(cfg: CfgNode, world: World, device: torch.device) -> Callable[[nn.Module], Evaluation]:
+    """One centred clip and crop of each video of VAL_LIST."""
+    videos = video_list(cfg, cfg.DATA.VAL_LIST, training=False)
+    clips = eval_loader(cfg, videos, world, device, num_clips=1, num_crops=1)
+    return partial(
+        evaluate,
+        loader=clips,
+        labels=torch.from_numpy(videos.labels),
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        prepare=prepare_clips(cfg),
+        clips_per_forward=cfg.TEST.BATCH_SIZE,
+        device=device,
+        world=world,
+        title="validation",
+    )
+
+
+def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> dict[str, Any] | None:
+    """Put the weights to start from into the model; the checkpoint to go on with, or None at a start.
+
+    1. TRAIN.RESUME FILE: that file.
+    2. TRAIN.RESUME auto: the newest whole checkpoint in OUTPUT_DIR; where there is none, as below.
+    3. TRAIN.INIT FILE: its weights, at epoch 0.
+    4. Weights drawn from SEED.
+    TRAIN.RESUME none in a folder with checkpoints is refused, since it would mix two runs.
+    """
+    resume = cfg.TRAIN.RESUME
+    if resume not in ("none", "auto"):
+        path = Path(resume)
+        state = checkpoint.load(path)
+        checkpoint.load_weights(model, state["model"], path)
+        return state
+    if resume == "auto" and (newest := checkpoint.latest(folder)):
+        path, state = newest
+        checkpoint.load_weights(model, state["model"], path)
+        return state
+    if resume == "none" and checkpoint.found(folder):
+        raise CheckpointError(
+            f"{folder}: holds checkpoints of an earlier run; go on with TRAIN.RESUME auto or give another OUTPUT_DIR"
+        )
+    if cfg.TRAIN.INIT:
+        path = Path(cfg.TRAIN.INIT)
+        checkpoint.load_weights(model, checkpoint.load(path)["model"], path, new_head=cfg.TRAIN.NEW_HEAD)
+    return None
+
+
+def _weights_to_test(cfg: CfgNode, folder: Path) -> tuple[Path, dict[str, Any]]:
+    if cfg.TEST.CHECKPOINT:
+        return Path(cfg.TEST.CHECKPOINT), checkpoint.load(Path(cfg.TEST.CHECKPOINT))
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no checkpoint to test; train first or give TEST.CHECKPOINT FILE")
+    return newest
+
+
+def _save(
+    cfg: CfgNode,
+    folder: Path,
+    model: nn.Module,
+    sgd: torch.optim.Optimizer,
+    progress: Progress,
+    world: World,
+    device: torch.device,
+) -> None:
+    random = gather_objects(_random_state(device))
+    if world.main:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": sgd.state_dict(),
+            "epoch": progress.epoch,
+            "random": random,
+            "config": cfg.dump(),
+            "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
+        }
+        checkpoint.save(folder, progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random_state(states: list[dict[str, Tensor]], world: World) -> None:
+    """Each rank's own state; with another number of ranks the seeds of a start stay, and dropout draws differ."""
+    if len(states) != world.size:
+        return
+    torch.set_rng_state(states[world.rank]["cpu"])
+    if "cuda" in states[world.rank] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[world.rank]["cuda"])
+
+
+def _parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _announce(
+    cfg: CfgNode, log: Log, world: World, device: torch.device, videos: int, steps: int, progress: Progress
+) -> None:
+    """Print the derived numbers where they are derived."""
+    batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg)
+    clip = cost(cfg, cfg.DATA.TRAIN_CROP)
+    octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {tuple(cfg.OCTAVE.POOL)}" if cfg.OCTAVE.ALPHA else "vanilla"
+    _, frames, crop, _ = clip.input
+    log.say(
+        f"{cfg.MODEL.NAME} ({octave}): {clip.params / 1e6:.3f} M parameters, "
+        f"{clip.macs.total / 1e9:.3f} G multiply-adds"
+    )
+    log.say(
+        f"{videos} videos in batches of {batch} clips ({batch // world.size} on each of {world.size} process(es), "
+        f"{device.type}), {frames} x {crop} x {crop}: {steps} steps an epoch, {steps * cfg.TRAIN.EPOCHS} in all"
+    )
+    log.say(
+        f"learning rate {cfg.SOLVER.BASE_LR:g} at {cfg.SOLVER.BASE_BATCH} clips -> "
+        f"{cfg.SOLVER.BASE_LR * batch / cfg.SOLVER.BASE_BATCH:.4g} at {batch}; "
+        f"{cfg.SOLVER.SCHEDULE}, starting at {lr(0):.4g}"
+    )
+    if progress.epoch:
+        log.say(f"going on after epoch {progress.epoch} (step {progress.step})")
+    run = {"params": clip.params, "macs": clip.macs.total, "world_size": world.size, "videos": videos, "steps": steps}
+    log.event("run", progress.step, run)

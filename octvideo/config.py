@@ -1,0 +1,277 @@
+"""The configuration: every key with its unit, range and effect; reading YAML; one list of all that is wrong.
+
+A file holds what differs from its `_BASE_`. `read` merges base, file and KEY VALUE overrides; `check` looks at the
+values and changes none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+
+class ConfigError(ValueError):
+    """One message that lists every problem of a configuration."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n  ".join([f"{where}: {len(self.problems)} problem(s)", *self.problems]))
+
+
+def defaults() -> CfgNode:
+    """A new configuration with every key at its default."""
+    cfg = CfgNode()
+    cfg.OUTPUT_DIR = ""  # folder for checkpoints, metrics.jsonl, TensorBoard and test.json; must be given
+    cfg.SEED = 0  # integer >= 0; seeds weights, data order, augmentation and dropout
+    cfg.DEVICE = "auto"  # auto (a GPU where there is one), cpu or cuda
+    cfg.NUM_THREADS = 0  # of torch in each process on a CPU; 0: the cores that processes and their decoding leave
+
+    cfg.MODEL = CfgNode()
+    cfg.MODEL.NAME = "i3d_r50"  # a name in octvideo.models.zoo.NETWORKS
+    cfg.MODEL.NUM_CLASSES = 400  # labels are 0 .. NUM_CLASSES - 1
+    cfg.MODEL.DROPOUT = 0.5  # before the classifier, 0 to below 1
+    cfg.MODEL.POOL_PADDING = 1  # of the stem's max-pool: 1 (PySlowFast, pytorchvideo) or 0 (the paper's counts)
+
+    cfg.MODEL.CHANNELS_LAST = (
+        False  # channels_last_3d memory: faster for small networks on CPUs and in half precision on GPUs
+    )
+    cfg.MODEL.NONLOCAL_FORM = "softmax"  # softmax or dot_product, in networks with non-local blocks
+
+    cfg.OCTAVE = CfgNode()
+    cfg.OCTAVE.ALPHA = 0.0  # share of low-frequency channels, 0 to 1; 0 is the vanilla network
+    cfg.OCTAVE.POOL = [1, 2, 2]  # factor between the frequencies in T, H, W: [1, 2, 2] or [2, 2, 2]
+    cfg.OCTAVE.RATIOS = []  # alpha of each stage; [] is [ALPHA, ..., ALPHA, 0], the paper's
+
+    cfg.DATA = CfgNode()
+    cfg.DATA.TRAIN_LIST = ""  # file of lines `path label`
+    cfg.DATA.VAL_LIST = ""  # the same, for validation after epochs
+    cfg.DATA.TEST_LIST = ""  # the same, for the final test; empty: VAL_LIST
+    cfg.DATA.PREFIX = ""  # put before every relative path of the lists
+    cfg.DATA.SEPARATOR = " "  # between path and label; the label follows the last one, so paths may hold spaces
+    cfg.DATA.DECODER = "auto"  # a name in octvideo.data.decode.BACKENDS, or auto
+    cfg.DATA.NUM_FRAMES = 8  # frames of a clip, >= 1
+    cfg.DATA.SAMPLING_RATE = 8  # frames of the video per frame of the clip, >= 1
+    cfg.DATA.TARGET_FPS = 30.0  # SAMPLING_RATE counts frames at this rate; 0: at the file's own
+    cfg.DATA.POLICY = "strided"  # a name in octvideo.data.sampling.POLICIES; SlowFast's slow frames follow it too
+    cfg.DATA.TRAIN_SHORT_SIDE = [256, 320]  # pixels, [lowest, highest]; drawn for each training clip
+    cfg.DATA.TRAIN_CROP = 224  # pixels, square
+    cfg.DATA.FLIP = True  # mirror half of the training clips; off where left and right are classes
+    cfg.DATA.TEST_SHORT_SIDE = 256  # pixels, validation and test
+    cfg.DATA.TEST_CROP = 256  # pixels, square, at most TEST_SHORT_SIDE
+    cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # RGB, of pixels in 0 to 1
+    cfg.DATA.STD = [0.225, 0.225, 0.225]  # RGB, of pixels in 0 to 1
+    cfg.DATA.NUM_WORKERS = 2  # decoding processes per training process; 0 decodes in the process itself
+    cfg.DATA.TIMEOUT_S = 120  # seconds until a silent worker ends the run; 0: never
+
+    cfg.TRAIN = CfgNode()
+    cfg.TRAIN.ENABLE = True  # train before testing
+    cfg.TRAIN.BATCH_SIZE = 64  # clips per step over ALL processes; divisible by their number
+    cfg.TRAIN.EPOCHS = 196  # passes over the training list
+    cfg.TRAIN.VAL_PERIOD = 1  # epochs between validations; 0: none. The last epoch is always validated otherwise
+    cfg.TRAIN.CHECKPOINT_PERIOD = 1  # epochs between checkpoints; the last epoch always leaves one
+    cfg.TRAIN.KEEP_CHECKPOINTS = 3  # newest ones kept, >= 1
+    cfg.TRAIN.RESUME = "none"  # none (refuses a folder with checkpoints), auto (newest whole one, else start) or a file
+    cfg.TRAIN.INIT = ""  # checkpoint of octvideo to take weights from; its alpha may differ
+    cfg.TRAIN.NEW_HEAD = False  # with INIT: the classifier starts anew (fine-tuning on other classes)
+    cfg.TRAIN.LOG_PERIOD = 10  # steps between training lines in metrics.jsonl
+
+    cfg.TEST = CfgNode()
+    cfg.TEST.ENABLE = True  # test after training, or alone with TRAIN.ENABLE False
+    cfg.TEST.CHECKPOINT = ""  # weights to test; empty: the newest checkpoint in OUTPUT_DIR
+    cfg.TEST.CLIPS = 10  # clips in time per video
+    cfg.TEST.CROPS = 3  # crops in space per clip: 1 (centre) or 3 (along the longer side)
+    cfg.TEST.BATCH_SIZE = 32  # clips per forward pass and process, in validation too
+
+    cfg.SOLVER = CfgNode()
+    cfg.SOLVER.BASE_LR = 0.1  # peak learning rate at BASE_BATCH; scaled linearly to TRAIN.BATCH_SIZE
+    cfg.SOLVER.BASE_BATCH = 64  # clips per step that BASE_LR and WARMUP_LR belong to
+    cfg.SOLVER.SCHEDULE = "cosine"  # cosine (half of one, with warm-up) or steps (a tenth at each milestone)
+    cfg.SOLVER.MILESTONES = []  # steps: epochs at which the learning rate falls to a tenth, ascending
+    cfg.SOLVER.WARMUP_EPOCHS = 34.0  # cosine: linear from WARMUP_LR to the cosine's value there; 0: none
+    cfg.SOLVER.WARMUP_LR = 0.01  # learning rate at step 0, at BASE_BATCH
+    cfg.SOLVER.MOMENTUM = 0.9  # 0 to below 1
+    cfg.SOLVER.NESTEROV = True  # needs momentum
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4  # on convolutions and linear layers
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0  # on norms and biases
+    return cfg
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list[str]]:
+    """Lay a YAML file with its `_BASE_`, then KEY VALUE overrides, over the defaults.
+
+    Returns the frozen configuration and every problem met: unknown keys (with the nearest one), values of a wrong type,
+    overrides without a value. Raises ConfigError for a file that cannot be read at all.
+    """
+    problems: list[str] = []
+    cfg = defaults()
+    for key, value in _flatten(_read_yaml(Path(path))):
+        _assign(cfg, key, value, problems)
+    if len(overrides) % 2:
+        problems.append(f"override {overrides[-1]!r} has no value; overrides are pairs: KEY VALUE KEY VALUE ...")
+    for key, text in zip(overrides[0::2], overrides[1::2], strict=False):
+        _assign(cfg, key, _parse(text, cfg, key), problems)
+    cfg.freeze()
+    return cfg, problems
+
+
+def check(cfg: CfgNode, *, networks: Iterable[str], decoders: Iterable[str], policies: Iterable[str]) -> list[str]:
+    """Every problem among the values, each with the value and the legal ones. Changes nothing."""
+    problems: list[str] = []
+
+    def require(good: bool, key: str, allowed: str) -> None:
+        if not good:
+            problems.append(f"{key} is {_get(cfg, key)!r}; allowed: {allowed}")
+
+    def at_least(lowest: float, *keys: str) -> None:
+        for key in keys:
+            require(lowest <= _get(cfg, key) < math.inf, key, f"{lowest} or more")
+
+    def one_of(key: str, names: Iterable[str]) -> None:
+        names, value = list(names), _get(cfg, key)
+        close = difflib.get_close_matches(value, names, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        require(value in names, key, f"{', '.join(names)}{hint}")
+
+    one_of("DEVICE", ["auto", "cpu", "cuda"])
+    one_of("MODEL.NAME", networks)
+    one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
+    one_of("SOLVER.SCHEDULE", ["cosine", "steps"])
+    one_of("DATA.DECODER", ["auto", *decoders])
+    one_of("DATA.POLICY", policies)
+    require(bool(cfg.OUTPUT_DIR), "OUTPUT_DIR", "a folder, e.g. OUTPUT_DIR runs/first")
+    at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
+    at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
+    at_least(0, "SOLVER.WEIGHT_DECAY_NORM")
+    at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
+    at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
+    at_least(1, "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
+    require(0 <= cfg.MODEL.DROPOUT < 1, "MODEL.DROPOUT", "0 to below 1")
+    require(cfg.MODEL.POOL_PADDING in (0, 1), "MODEL.POOL_PADDING", "0, 1")
+    require(0 <= cfg.OCTAVE.ALPHA <= 1, "OCTAVE.ALPHA", "0 to 1")
+    require(list(cfg.OCTAVE.POOL) in ([1, 2, 2], [2, 2, 2]), "OCTAVE.POOL", "[1, 2, 2], [2, 2, 2]")
+    ratios_fit = all(isinstance(a, int | float) and 0 <= a <= 1 for a in cfg.OCTAVE.RATIOS)
+    require(ratios_fit, "OCTAVE.RATIOS", "[] or one number from 0 to 1 per stage")
+    require(bool(cfg.DATA.SEPARATOR), "DATA.SEPARATOR", "one character or more")
+    for key in ("DATA.MEAN", "DATA.STD"):
+        numbers = all(isinstance(v, int | float) for v in _get(cfg, key))
+        require(numbers and len(_get(cfg, key)) == 3, key, "three numbers")
+    require(all(isinstance(v, int | float) and v > 0 for v in cfg.DATA.STD), "DATA.STD", "numbers above 0")
+    short_side = list(cfg.DATA.TRAIN_SHORT_SIDE)
+    ordered = len(short_side) == 2 and all(isinstance(s, int) for s in short_side) and short_side[0] <= short_side[1]
+    require(ordered, "DATA.TRAIN_SHORT_SIDE", "[lowest, highest] in pixels")
+    if ordered:
+        require(short_side[0] >= cfg.DATA.TRAIN_CROP, "DATA.TRAIN_CROP", f"at most TRAIN_SHORT_SIDE's {short_side[0]}")
+    require(
+        cfg.DATA.TEST_CROP <= cfg.DATA.TEST_SHORT_SIDE,
+        "DATA.TEST_CROP",
+        f"at most TEST_SHORT_SIDE's {cfg.DATA.TEST_SHORT_SIDE}",
+    )
+    require(cfg.TEST.CROPS in (1, 3), "TEST.CROPS", "1, 3")
+    require(0 <= cfg.SOLVER.MOMENTUM < 1, "SOLVER.MOMENTUM", "0 to below 1")
+    require(not cfg.SOLVER.NESTEROV or cfg.SOLVER.MOMENTUM > 0, "SOLVER.NESTEROV", "False where MOMENTUM is 0")
+    require(
+        cfg.SOLVER.WARMUP_EPOCHS < cfg.TRAIN.EPOCHS or not cfg.TRAIN.ENABLE,
+        "SOLVER.WARMUP_EPOCHS",
+        f"below TRAIN.EPOCHS, which is {cfg.TRAIN.EPOCHS}",
+    )
+    require(not cfg.TRAIN.NEW_HEAD or bool(cfg.TRAIN.INIT), "TRAIN.NEW_HEAD", "False unless TRAIN.INIT names a file")
+    if cfg.TRAIN.ENABLE:
+        require(bool(cfg.DATA.TRAIN_LIST), "DATA.TRAIN_LIST", "a file of lines `path label`")
+        needs_val = cfg.TRAIN.VAL_PERIOD > 0
+        require(bool(cfg.DATA.VAL_LIST) or not needs_val, "DATA.VAL_LIST", "a list file, or TRAIN.VAL_PERIOD 0")
+    if cfg.TEST.ENABLE:
+        listed = cfg.DATA.TEST_LIST or cfg.DATA.VAL_LIST
+        require(bool(listed), "DATA.TEST_LIST", "a list file (or DATA.VAL_LIST), or TEST.ENABLE False")
+    if not cfg.TRAIN.ENABLE and not cfg.TEST.ENABLE:
+        problems.append("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do")
+    return problems
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(str(path), ["no such file; configs of the project are under configs/"])
+    try:
+        content = CfgNode.load_yaml_with_base(str(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not plain YAML: {' '.join(str(error).split())}"]) from None
+    except FileNotFoundError as error:
+        raise ConfigError(str(path), [f"_BASE_ names a file that does not exist: {error.filename}"]) from None
+    except RecursionError:
+        raise ConfigError(str(path), ["_BASE_ leads back to the same file"]) from None
+    except (AssertionError, TypeError, AttributeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(str(path), [f"this file or its _BASE_ is not a mapping of sections: {error}"]) from None
+    if not isinstance(content, dict):
+        raise ConfigError(str(path), ["not a mapping of sections (MODEL:, DATA:, ...)"])
+    return content
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse(text: str, cfg: CfgNode, key: str) -> Any:
+    """The value of an override: as YAML, but as it stands for a key that holds text (a path, a separator)."""
+    if isinstance(dict(_flatten(cfg)).get(key), str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _assign(cfg: CfgNode, key: str, value: Any, problems: list[str]) -> None:
+    known = dict(_flatten(cfg))
+    if key not in known:
+        sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
+        if key in sections:
+            problems.append(
+                f"{key} is a section, not a key; it holds e.g. {next(k for k in known if k.startswith(key))}"
+            )
+            return
+        close = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(sorted(sections))}"
+        problems.append(f"unknown key {key}{hint}")
+        return
+    try:
+        section, name = _parent(cfg, key)
+        section[name] = _coerce(value, known[key])
+    except ValueError:
+        kind = {bool: "True or False", int: "an integer", float: "a number", str: "text", list: "a list"}
+        problems.append(f"{key} is {value!r}, of type {type(value).__name__}; allowed: {kind[type(known[key])]}")
+
+
+def _coerce(value: Any, default: Any) -> Any:
+    """The value as the default's type. YAML reads 1e-4 as text and `30` as an integer; both are meant as numbers."""
+    if isinstance(default, float) and not isinstance(value, bool) and isinstance(value, int | str):
+        return float(value)
+    if isinstance(default, list) and isinstance(value, tuple):
+        return list(value)
+    if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # a folder called 2024
+    if isinstance(default, str) and value is None:
+        return ""
+    if type(value) is not type(default):
+        raise ValueError(value)
+    return value
+
+
+def _parent(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+    *sections, name = key.split(".")
+    for section in sections:
+        cfg = cfg[section]
+    return cfg, name
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    section, name = _parent(cfg, key)
+    return section[name]

@@ -1,0 +1,141 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+from octvideo import build, config
+from octvideo.config import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "_base")
+
+
+def write(folder: Path, text: str, name: str = "x.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build.load_config(path, overrides)
+    assert str(caught.value).startswith(f"{path}: {len(caught.value.problems)} problem(s)\n  ")
+    return caught.value.problems
+
+
+GOOD = "{OUTPUT_DIR: out, DATA: {TRAIN_LIST: a.txt, VAL_LIST: b.txt}}"
+
+
+def test_base_file_and_overrides_in_this_order(tmp_path: Path) -> None:
+    write(tmp_path, "{MODEL: {NUM_CLASSES: 5, DROPOUT: 0.1}, SOLVER: {BASE_LR: 1}, SEED: 1}", "base.yaml")
+    path = write(
+        tmp_path, f"_BASE_: base.yaml\n{GOOD[1:-1].replace(', DATA', chr(10) + 'DATA')}\nMODEL: {{DROPOUT: 0.2}}"
+    )
+    cfg = build.load_config(path, ["SEED", "7", "OUTPUT_DIR", "2024", "DATA.SEPARATOR", ", "])
+    assert (cfg.MODEL.NUM_CLASSES, cfg.MODEL.DROPOUT, cfg.SOLVER.BASE_LR) == (5, 0.2, 1.0)
+    assert isinstance(cfg.SOLVER.BASE_LR, float)
+    assert (cfg.SEED, cfg.OUTPUT_DIR, cfg.DATA.SEPARATOR) == (7, "2024", ", ")
+
+
+def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
+    cfg = build.load_config(write(tmp_path, GOOD), ["SOLVER.WEIGHT_DECAY", "5e-5", "OCTAVE.ALPHA", "1"])
+    assert (cfg.SOLVER.WEIGHT_DECAY, cfg.OCTAVE.ALPHA) == (5e-5, 1.0)
+
+
+def test_all_problems_at_once_with_the_remedy(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+OUTPUT_DIR: out
+MODEL: {NAME: i3d_r05, NUM_CLASES: 3}
+DATA: {NUM_FRAMES: 4.5, TRAIN_CROP: 300, TRAIN_LIST: a, VAL_LIST: b}
+SOLVER: {BASE_LR: fast}
+OCTAVE: {ALPHA: 1.5, POOL: [2, 1, 1]}
+""",
+    )
+    problems = problems_of(path, "TEST.CROP", "3", "TRAIN.EPOCHS", "0", "SEED")
+    expected = [
+        "unknown key MODEL.NUM_CLASES; did you mean MODEL.NUM_CLASSES?",
+        "DATA.NUM_FRAMES is 4.5, of type float; allowed: an integer",
+        "SOLVER.BASE_LR is 'fast', of type str; allowed: a number",
+        "unknown key TEST.CROP; did you mean TEST.CROPS?",
+        "override 'SEED' has no value; overrides are pairs: KEY VALUE KEY VALUE ...",
+        "OCTAVE.ALPHA is 1.5; allowed: 0 to 1",
+        "OCTAVE.POOL is [2, 1, 1]; allowed: [1, 2, 2], [2, 2, 2]",
+        "DATA.TRAIN_CROP is 300; allowed: at most TRAIN_SHORT_SIDE's 256",
+        "TRAIN.EPOCHS is 0; allowed: 1 or more",
+        "SOLVER.WARMUP_EPOCHS is 34.0; allowed: below TRAIN.EPOCHS, which is 0",
+    ]
+    assert set(expected) < set(problems)
+    name = next(p for p in problems if p.startswith("MODEL.NAME"))
+    assert "is 'i3d_r05'; allowed: c2d_r50, c2d_r101, i3d_r50" in name and "did you mean 'i3d_r50'?" in name
+    assert len(problems) == len(expected) + 1
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("DATA.DECODER", "pyva", "allowed: auto, pyav, decord (did you mean 'pyav'?)"),
+        ("DATA.POLICY", "random", "allowed: strided, pyslowfast"),
+        ("DEVICE", "gpu", "allowed: auto, cpu, cuda"),
+        ("OCTAVE.RATIOS", "[2]", "allowed: [] or one number from 0 to 1 per stage"),
+        ("OCTAVE.RATIOS", "[0.5]", "1 octave ratios [0.5] for 4 stages"),
+        ("SOLVER.BASE_LR", ".inf", "allowed: 0 or more"),
+        ("SOLVER.BASE_LR", ".nan", "allowed: 0 or more"),
+        ("DATA.STD", "[1, 0, 1]", "allowed: numbers above 0"),
+        ("DATA.TRAIN_SHORT_SIDE", "[300]", "allowed: [lowest, highest] in pixels"),
+        ("TRAIN.NEW_HEAD", "True", "allowed: False unless TRAIN.INIT names a file"),
+        ("TEST.CROPS", "2", "allowed: 1, 3"),
+        ("MODEL", "i3d", "MODEL is a section, not a key; it holds e.g. MODEL.NAME"),
+        ("XYZ", "1", "unknown key XYZ; sections are DATA, MODEL, OCTAVE, SOLVER, TEST, TRAIN"),
+        ("DATA.NUM_FRAMES", "1", "the strides of this network admit (2, 1, 1) and anything larger"),
+    ],
+)
+def test_one_problem(tmp_path: Path, key: str, value: str, message: str) -> None:
+    assert any(message in problem for problem in problems_of(write(tmp_path, GOOD), key, value))
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("a: [1", "not plain YAML"),
+        ("!!python/object/apply:os.system ['true']", "not plain YAML"),
+        ("", "not a mapping of sections"),
+        ("- a", "not a mapping of sections"),
+        ("_BASE_: nowhere.yaml", "_BASE_ names a file that does not exist"),
+        ("_BASE_: x.yaml", "_BASE_ leads back to the same file"),
+    ],
+)
+def test_files_that_are_not_a_config(tmp_path: Path, text: str, message: str) -> None:
+    assert message in problems_of(write(tmp_path, text))[0]
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "no such file" in problems_of(tmp_path / "none.yaml")[0]
+
+
+def test_check_changes_nothing() -> None:
+    cfg = config.defaults()
+    before = cfg.dump()
+    assert config.check(cfg, networks=["i3d_r50"], decoders=[], policies=["strided"])
+    assert cfg.dump() == before
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_of_the_project_loads_and_is_short(path: Path) -> None:
+    cfg = build.load_config(path)
+    assert cfg.OUTPUT_DIR == f"runs/{path.parent.name}/{path.stem}"
+    assert len(path.read_text().splitlines()) <= 15
+
+
+def test_every_key_is_read_and_every_key_read_exists() -> None:
+    keys = {key for key, _ in config._flatten(config.defaults())}
+    read = set()
+    for path in [ROOT / "octvideo" / "build.py", *sorted((ROOT / "tools").glob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node)
+                if text.startswith("cfg.") and text.removeprefix("cfg.").replace(".", "").replace("_", "").isupper():
+                    read.add(text.removeprefix("cfg."))
+    sections = {key.split(".")[0] for key in keys if "." in key}
+    assert read - sections == keys

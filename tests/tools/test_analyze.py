@@ -1,0 +1,66 @@
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from octvideo.analysis.paper import PRINTED, allowed_difference
+from tools import analyze
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests/golden/complexity.json").read_text())
+ACCEPT = "accept the change with: python tools/analyze.py golden --write tests/golden/complexity.json"
+
+
+def say(*arguments: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert analyze.main(arguments) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", analyze.configs())
+def test_counts_of_every_config(name: str) -> None:
+    cost = json.loads(json.dumps(analyze.cost_of(name).as_dict()))
+    assert cost == GOLDEN.get(name), f"{name} counts otherwise than in tests/golden/complexity.json; {ACCEPT}"
+    if name in PRINTED:
+        assert cost["macs"]["conv_fc"] / 1e9 == pytest.approx(PRINTED[name].gmacs, abs=allowed_difference(name))
+
+
+def test_golden_names_no_config_that_is_gone() -> None:
+    assert set(GOLDEN) == set(analyze.configs()), ACCEPT
+    assert set(PRINTED) <= set(GOLDEN)
+
+
+def test_the_zoo_table_is_the_one_in_the_repository() -> None:
+    assert say("zoo") == (ROOT / "configs/README.md").read_text(), (
+        "run: python tools/analyze.py zoo --write configs/README.md"
+    )
+
+
+def test_complexity_as_json() -> None:
+    cost = json.loads(
+        say("complexity", "--json", "--cfg", str(ROOT / "configs/kinetics400/oct_i3d_nl_r50_8x8_a0.1.yaml"))
+    )
+    assert list(cost) == ["params", "macs", "activations", "input"]
+    assert cost["input"] == [3, 8, 224, 224]
+    assert list(cost["macs"]) == ["conv_fc", "pool", "attention"]
+    assert cost["macs"]["conv_fc"] / 1e9 == pytest.approx(28.96, abs=0.01)
+    assert cost["params"] == 35401936
+
+
+def test_complexity_per_layer_and_overrides() -> None:
+    cfg = str(ROOT / "configs/motion/oct_i3d_tiny.yaml")
+    text = say("complexity", "--per-layer", "--cfg", cfg, "OCTAVE.ALPHA", "0.5")
+    assert "stages.res2.0.conv1" in text and "OctConv3d" in text and "parameters" in text
+    layers = json.loads(say("complexity", "--json", "--per-layer", "--cfg", cfg))["layers"]
+    total = json.loads(say("complexity", "--json", "--cfg", cfg))["macs"]["conv_fc"]
+    assert sum(sum(layer["macs"]) for layer in layers) == total
+
+
+def test_a_typo_is_one_message() -> None:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert analyze.main(["complexity", "--cfg", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in err.getvalue()

@@ -1,0 +1,239 @@
+"""The main job end to end on small videos made here: train, validate, test, resume, two processes, and bad input."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from octvideo.engine import checkpoint
+from tools import run_net
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["DATA.NUM_WORKERS", "0", "DATA.SAMPLING_RATE", "1", "DATA.NUM_FRAMES", "4", "SOLVER.WARMUP_EPOCHS", "1"]
+SMALL += ["DATA.TRAIN_SHORT_SIDE", "[36, 40]", "DATA.TRAIN_CROP", "32", "DATA.TEST_SHORT_SIDE", "36"]
+SMALL += ["DATA.TEST_CROP", "32", "TRAIN.BATCH_SIZE", "4", "TRAIN.VAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1"]
+SMALL += ["MODEL.NUM_CLASSES", "2", "TEST.CLIPS", "2", "DEVICE", "cpu", "TRAIN.EPOCHS", "2"]
+
+
+def write_video(path: Path, rng: np.random.Generator, bright: bool) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=15, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
+        for _ in range(8):
+            low, high = (150, 255) if bright else (0, 105)
+            frame = np.kron(rng.integers(low, high, (5, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight videos to train and five to test on, bright or dark; one path has a space."""
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 5)):
+        lines = []
+        for index in range(count):
+            name = f"{split} {index}.mp4" if index == 0 else f"{split}_{index}.mp4"
+            write_video(folder / name, rng, bright=index % 2 == 1)
+            lines.append(f"{name} {index % 2}")
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def arguments(videos: Path, out: Path, *more: str) -> list[str]:
+    lists = ["DATA.TRAIN_LIST", f"{videos}/train.txt", "DATA.VAL_LIST", f"{videos}/val.txt", "DATA.PREFIX", str(videos)]
+    cfg = ["--cfg", str(ROOT / "configs/motion/oct_i3d_tiny.yaml")]
+    return [*cfg, "OUTPUT_DIR", str(out), *lists, *SMALL, *more]
+
+
+def run(command: list[str], status: int = 0) -> tuple[str, str]:
+    """What run_net.py says on standard output and standard error, called in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        got = run_net.main(command)
+    assert got == status, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def run_processes(command: list[str], *launcher: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = [str(ROOT / "tools/run_net.py"), *command]
+    done = subprocess.run(
+        [sys.executable, *launcher, *script], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("runs") / "one"
+    return out, run(arguments(videos, out))[0]
+
+
+def events(out: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.latest(out)[1]["model"]
+
+
+def test_what_a_run_leaves(trained: tuple[Path, str]) -> None:
+    out, said = trained
+    assert [p.name for p in checkpoint.found(out)] == ["checkpoint_00000002.pt", "checkpoint_00000004.pt"]
+    assert "learning rate 0.1 at 32 clips -> 0.0125 at 4" in said
+    assert "8 videos in batches of 4 clips" in said and "2 steps an epoch, 4 in all" in said
+    assert [e["step"] for e in events(out, "epoch")] == [2, 4]
+    assert len(events(out, "val")) == 2 and events(out, "val")[0]["videos_listed"] == 5
+    assert [e["step"] for e in events(out, "train")] == [2, 4]
+    test = json.loads((out / "test.json").read_text())
+    assert (test["videos_scored"], test["videos_listed"], test["views"]) == (5, 5, 6)
+    assert test["input"] == [3, 4, 32, 32] and test["epoch"] == 2 and test["failed"] == []
+    assert test["params"] == 595186 and 0 <= test["top1"] <= test["top5"] == 100.0
+    assert not [p for p in out.iterdir() if p.name.endswith(".tmp")]
+    assert "OCTAVE" in (out / "config.yaml").read_text()
+
+
+def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
+    videos: Path, trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, _ = trained
+    tmp_path.joinpath("run").mkdir()
+    shutil.copy(out / "checkpoint_00000002.pt", tmp_path / "run")
+    said = run(arguments(videos, tmp_path / "run", "TRAIN.RESUME", "auto", "TEST.ENABLE", "False"))[0]
+    assert "going on after epoch 1 (step 2)" in said
+    expected = weights(out)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(videos: Path, trained: tuple[Path, str]) -> None:
+    before = sorted(p.stat().st_mtime_ns for p in trained[0].glob("*.pt"))
+    error = run(arguments(videos, trained[0]), status=1)[1]
+    assert "holds checkpoints of an earlier run; go on with TRAIN.RESUME auto" in error
+    assert sorted(p.stat().st_mtime_ns for p in trained[0].glob("*.pt")) == before
+
+
+def test_a_finished_run_goes_straight_to_the_test(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(trained[0], out)
+    said = run(arguments(videos, out, "TRAIN.RESUME", "auto"))[0]
+    assert "epoch 1/2" not in said and "top-1" in said
+    assert len(events(out, "test")) == 2
+
+
+def test_vanilla_tests_the_octave_checkpoint_since_the_state_dict_is_the_same(
+    videos: Path, trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    newest = checkpoint.found(trained[0])[-1]
+    run(arguments(videos, tmp_path, "TRAIN.ENABLE", "False", "TEST.CHECKPOINT", str(newest), "OCTAVE.ALPHA", "0"))
+    test = json.loads((tmp_path / "test.json").read_text())
+    assert test["macs"] > json.loads((trained[0] / "test.json").read_text())["macs"]
+
+
+def test_fine_tuning_takes_all_but_the_head(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+    newest = str(checkpoint.found(trained[0])[-1])
+    three = ["MODEL.NUM_CLASSES", "3", "TRAIN.INIT", newest, "TEST.ENABLE", "False", "TRAIN.EPOCHS", "2"]
+    lists = tmp_path / "three.txt"
+    lists.write_text("train_1.mp4 0\ntrain_2.mp4 1\ntrain_3.mp4 2\ntrain_4.mp4 0\n")
+    three += ["DATA.TRAIN_LIST", str(lists)]
+    error = run(arguments(videos, tmp_path / "a", *three), status=1)[1]
+    assert "head.fc.weight: (2, 512) in the file, (3, 512) in the network" in error
+    assert "TRAIN.NEW_HEAD True" in error
+    run(arguments(videos, tmp_path / "b", *three, "TRAIN.NEW_HEAD", "True"))
+    assert weights(tmp_path / "b")["head.fc.weight"].shape == (3, 512)
+
+
+def test_two_processes_train_and_test_each_video_once(videos: Path, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    out = tmp_path / "two"
+    said = run_processes(arguments(videos, out), *torchrun)
+    assert "(2 on each of 2 process(es), cpu)" in said
+    assert said.count("epoch 1/2") == 1
+    test = json.loads((out / "test.json").read_text())
+    assert (test["videos_scored"], test["videos_listed"]) == (5, 5)
+    assert len(events(out, "test")) == 1
+
+
+def test_evaluation_counts_a_broken_video_as_wrong_and_names_it(
+    videos: Path, trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes((videos / "val_1.mp4").read_bytes()[:300])
+    (tmp_path / "list.txt").write_text(f"{broken} 1\nval_2.mp4 0\n")
+    more = ["TRAIN.ENABLE", "False", "DATA.TEST_LIST", str(tmp_path / "list.txt")]
+    more += ["TEST.CHECKPOINT", str(checkpoint.found(trained[0])[-1])]
+    said = run(arguments(videos, tmp_path / "out", *more))[0]
+    test = json.loads((tmp_path / "out/test.json").read_text())
+    assert (test["videos_scored"], test["videos_listed"]) == (1, 2)
+    assert test["top1"] <= 50.0
+    assert test["failed"][0]["path"] == str(broken) and "counted as wrong" in said
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "audio only"])
+def test_training_on_a_bad_file_is_one_message(videos: Path, tmp_path: Path, damage: str) -> None:
+    bad = tmp_path / "bad.mp4"
+    if damage == "audio only":
+        audio_only(bad)
+    else:
+        bad.write_bytes((videos / "train_1.mp4").read_bytes()[: 300 if damage == "truncated" else 0])
+    lines = [f"{bad} 1", *(f"train_{i}.mp4 {i % 2}" for i in range(2, 5))]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    more = ["DATA.TRAIN_LIST", str(tmp_path / "list.txt")]
+    error = run(arguments(videos, tmp_path / "out", *more), status=1)[1]
+    assert error.startswith("error: ") and str(bad) in error and "list.txt:1" in error
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("none.mp4 0\ntrain_1.mp4 1\n", "list.txt:1"),
+        ("train_1.mp4\ntrain_2.mp4 0\n", "list.txt:1"),
+        ("train_1.mp4 1\ntrain_2.mp4 2\n", "list.txt:2"),
+        ("train_1.mp4 0\ntrain_2.mp4 0\ntrain_3.mp4 0\ntrain_4.mp4 0\n", "MODEL.NUM_CLASSES"),
+        ("", "list.txt"),
+        ("train_1.mp4 1\ntrain_2.mp4 0\n", "4"),
+    ],
+)
+def test_bad_lists_stop_before_anything_is_written(videos: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    error = run(arguments(videos, tmp_path / "out", "DATA.TRAIN_LIST", str(tmp_path / "list.txt")), status=2)[1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_configs(videos: Path, tmp_path: Path) -> None:
+    error = run(arguments(videos, tmp_path, "DATA.NUM_FRAMES", "1", "TEST.CLIPS", "0"), status=2)[1]
+    assert "TEST.CLIPS is 0; allowed: 1 or more" in error
+    error = run(arguments(videos, tmp_path, "DATA.NUM_FRAMES", "1"), status=2)[1]
+    assert "anything larger" in error
+    error = run(arguments(videos, tmp_path, "MODEL.NAM", "x"), status=2)[1]
+    assert "did you mean MODEL.NAME?" in error
+    error = run(["--cfg", "configs/none.yaml"], status=2)[1]
+    assert "configs/none.yaml" in error and "no such file" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_testing_without_a_checkpoint(videos: Path, tmp_path: Path) -> None:
+    error = run(arguments(videos, tmp_path / "out", "TRAIN.ENABLE", "False"), status=1)[1]
+    assert "no checkpoint to test; train first or give TEST.CHECKPOINT FILE" in error

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""Questions asked of a network.
+
+python tools/analyze.py complexity --cfg CONFIG [--json] [--per-layer] [KEY VALUE ...]
+    parameters, multiply-adds and activations of one training clip
+python tools/analyze.py zoo [--write FILE]
+    the table of all Kinetics configurations beside the paper's printed numbers
+python tools/analyze.py golden --write FILE
+    the counts of every configuration, for tests/golden/complexity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from tabulate import tabulate
+
+from octvideo import build
+from octvideo.analysis.complexity import Complexity
+from octvideo.analysis.paper import PRINTED, allowed_difference
+from octvideo.config import ConfigError
+from octvideo.engine.checkpoint import write_atomic
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def configs() -> dict[str, Path]:
+    """Every experiment by its name, folder/file."""
+    paths = (path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "_base")
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(paths)}
+
+
+def clip_cost(cfg: CfgNode) -> Complexity:
+    return build.cost(cfg, cfg.DATA.TRAIN_CROP)
+
+
+@cache
+def cost_of(name: str) -> Complexity:
+    """What the configuration of this name costs; counted once."""
+    return clip_cost(build.load_config(configs()[name]))
+
+
+def complexity(options: argparse.Namespace) -> None:
+    cost = clip_cost(build.load_config(options.cfg, options.overrides))
+    if options.json:
+        content: dict[str, Any] = cost.as_dict()
+        if options.per_layer:
+            content["layers"] = [asdict(layer) for layer in cost.layers]
+        print(json.dumps(content, indent=2))
+        return
+    if options.per_layer:
+        rows = [
+            [
+                layer.name,
+                layer.kind,
+                f"{layer.params:,}",
+                *(f"{v / 1e6:.2f}" for v in (*layer.macs, *layer.activations)),
+            ]
+            for layer in cost.layers
+        ]
+        header = ["layer", "kind", "parameters", "M macs high", "low", "M values high", "low"]
+        print(
+            tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=("left", "left", *["right"] * 5))
+        )
+        print()
+    macs = cost.macs
+    rows = [
+        ["input (C, T, H, W)", " x ".join(str(size) for size in cost.input)],
+        ["parameters", f"{cost.params / 1e6:.3f} M"],
+        ["multiply-adds, convolution + FC", f"{macs.conv_fc / 1e9:.3f} G"],
+        ["multiply-adds, pooling windows", f"{macs.pool / 1e9:.3f} G"],
+        ["multiply-adds, attention", f"{macs.attention / 1e9:.3f} G"],
+        ["activations (layer outputs)", f"{cost.activations / 1e6:.3f} M values"],
+    ]
+    print(tabulate(rows, tablefmt="github", disable_numparse=True, colalign=("left", "right")))
+
+
+def zoo(options: argparse.Namespace) -> None:
+    rows = []
+    for name, path in configs().items():
+        if not name.startswith("kinetics"):
+            continue
+        cfg = build.load_config(path)
+        cost, printed = cost_of(name), PRINTED.get(name)
+        counted = cost.macs.conv_fc / 1e9
+        difference = f"{counted - printed.gmacs:+.2f}" if printed else ""
+        if printed and abs(counted - printed.gmacs) > allowed_difference(name):
+            difference += " MISSES"
+        rows.append(
+            [
+                f"[{name}]({name}.yaml)",
+                f"{cfg.OCTAVE.ALPHA:g}" if cfg.OCTAVE.ALPHA else "-",
+                POOLINGS[tuple(cfg.OCTAVE.POOL)] if cfg.OCTAVE.ALPHA else "-",
+                f"{cost.params / 1e6:.2f}",
+                f"{counted:.2f}",
+                f"{printed.gmacs:.1f}" if printed else "",
+                difference,
+                f"{printed.top1:.1f}" if printed else "",
+            ]
+        )
+    header = ["row", "alpha", "pooling", "params M", "counted G", "printed G", "difference", "paper's top-1 %"]
+    table = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * 7))
+    text = ZOO_INTRODUCTION + table + "\n"
+    if options.write:
+        write_atomic(options.write, text.encode())
+    else:
+        print(text, end="")
+
+
+POOLINGS = {(1, 2, 2): "spatial", (2, 2, 2): "temporal-spatial"}
+ZOO_INTRODUCTION = """# Configurations
+
+Written by `python tools/analyze.py zoo --write configs/README.md`. `_base/` holds what several share (`_BASE_`); every
+other file is one experiment, run by `python tools/run_net.py --cfg configs/FOLDER/FILE.yaml`.
+
+Counted: multiply-adds of convolutions and linear layers for one 224 x 224 clip, pooling windows and attention products
+apart (`tools/analyze.py complexity`). Printed, and the top-1: the paper's (Table 8), NOT measured with this code. Blank:
+not a row of the paper. `_in1k` starts from inflated ImageNet weights; `_padded` pads the stem's pool as pytorchvideo and
+PySlowFast do, the rows of the paper do not.
+
+"""
+
+
+def golden(options: argparse.Namespace) -> None:
+    counts = {name: cost_of(name).as_dict() for name in configs()}
+    write_atomic(options.write, (json.dumps(counts, indent=1) + "\n").encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("complexity", help="what one network costs")
+    one.add_argument("--cfg", required=True, metavar="CONFIG")
+    one.add_argument("--json", action="store_true", help="one JSON object")
+    one.add_argument("--per-layer", action="store_true", help="every layer, per frequency")
+    one.add_argument("overrides", nargs="*", metavar="KEY VALUE")
+    one.set_defaults(run=complexity)
+    table = commands.add_parser("zoo", help="the table of configurations")
+    table.add_argument("--write", type=Path, metavar="FILE")
+    table.set_defaults(run=zoo)
+    counts = commands.add_parser("golden", help="the counts of every configuration")
+    counts.add_argument("--write", type=Path, metavar="FILE", required=True)
+    counts.set_defaults(run=golden)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
