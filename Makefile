@@ -1,0 +1,40 @@
+# make demo   a virtual environment, the motion data, three small networks trained and tested, one table
+# make test   the tests;  make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := c2d_tiny i3d_tiny oct_i3d_tiny
+
+.PHONY: demo test lint format install clean
+
+install: $(VENV)/installed
+
+# torch goes first, by its pinned version alone: an unpinned torch may bring gigabytes of CUDA packages.
+$(VENV)/installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python datasets/motion.py --out data/motion
+	for net in $(DEMO); do \
+	  $(BIN)/python tools/run_net.py --cfg configs/motion/$$net.yaml TRAIN.RESUME auto || exit 1; \
+	done
+	$(BIN)/python tools/results.py $(addprefix runs/motion/,$(DEMO))
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
