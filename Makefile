@@ -1,20 +1,21 @@
 # make demo   a virtual environment, the motion data, three small networks trained and tested, one table
-# make test   the tests;  make lint   ruff and mypy
+# make test   the tests;  make test-slow   those of minutes;  make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := c2d_tiny i3d_tiny oct_i3d_tiny
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test test-slow lint format install clean
 
 install: $(VENV)/installed
 
 # torch goes first, by its pinned version alone: an unpinned torch may bring gigabytes of CUDA packages.
-$(VENV)/installed: constraints.txt pyproject.toml setup.py
+$(VENV)/installed: constraints.txt tests/peers.txt pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/peers.txt
 	touch $@
 
 demo: install
@@ -26,6 +27,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

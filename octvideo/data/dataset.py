@@ -25,7 +25,7 @@ from octvideo.data.transforms import (
 )
 
 # Frames held at full size at a time: the 80 of ten test clips would be 500 MB at 1080p, in every worker.
-CHUNK = 16
+CHUNK = 32
 
 
 class ListError(ValueError):
@@ -253,7 +253,7 @@ class TrainDataset(Dataset[Sample]):
         frames = random_crop(frames, self.crop, generator)
         if self.flip:
             frames = random_flip(frames, generator)
-        return Sample(to_clip(frames[order])[None], self.videos.label(index), index, "")
+        return Sample(to_clip(frames).index_select(1, order)[None], self.videos.label(index), index, "")
 
 
 @dataclass(eq=False)
@@ -307,7 +307,7 @@ class EvalDataset(Dataset[Sample]):
         for place, crop in enumerate(uniform_crops(frames, self.crop, self.num_crops)):
             planes = to_clip(crop)  # [C, U, H, W], U different frames
             for clip in range(self.num_clips):
-                clips[clip, place] = planes[:, order[clip]]
+                clips[clip, place] = planes.index_select(1, order[clip])
         return Sample(clips.flatten(0, 1), self.videos.label(index), index, "")
 
 
@@ -315,7 +315,7 @@ def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tens
     """int64 [...] -> uint8 [U, H, W, C], every wanted frame once, and int64 [...], where each index is among them."""
     numbers, order = indices.unique(return_inverse=True)
     parts = [scale_short_side(video.frames(part.tolist()), short_side) for part in numbers.split(CHUNK)]
-    return torch.cat(parts), order
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]), order
 
 
 def _failed(videos: VideoList, index: int, error: DecodeError) -> Sample:

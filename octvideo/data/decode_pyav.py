@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,7 @@ class PyAVVideo:
         self._next = 0  # the number of the frame that the decoder gives next, if it gives one
         self._keep_pts: set[int] = set()  # of the frames wanted now, and the last of them
         self._last_pts = 0
+        self._turned = False  # a display matrix was read
         self._container, self._stream = _open_stream(path)
         try:
             self._index = _read_index(path, self._container, self._stream)
@@ -74,7 +76,10 @@ class PyAVVideo:
         self.close()
 
     def close(self) -> None:
+        self._decoder = iter(())
         self._container.close()
+        if self._turned:
+            gc.collect(1)  # see _display_matrix
 
     @property
     def containers(self) -> set[str]:
@@ -88,8 +93,8 @@ class PyAVVideo:
 
     @property
     def mirrored(self) -> bool:
-        """Whether the display matrix of the first frame turns left into right."""
-        a, b, c, d = next(_display_matrix(frame) for _, frame in self._read([0])) or (1, 0, 0, 1)
+        """Whether the first frame is to be shown with left and right exchanged."""
+        a, b, c, d = next(self._display_matrix(frame) for _, frame in self._read([0])) or (1, 0, 0, 1)
         return a * d < b * c
 
     def frames(self, indices: Sequence[int]) -> Tensor:
@@ -103,7 +108,7 @@ class PyAVVideo:
             image = self._rgb(frame, number)
             if out is None:
                 out = np.empty((len(numbers), *image.shape), np.uint8)
-                matrix = _display_matrix(frame)
+                matrix = self._display_matrix(frame)
             elif image.shape != out.shape[1:]:
                 reason = f"frame {number} is {frame.width}x{frame.height}, the first one read is of another size"
                 raise DecodeError(f"{self.path}: {reason}; re-encode it to one size")
@@ -219,6 +224,21 @@ class PyAVVideo:
         plane: Any = rgb.planes[0]
         return np.frombuffer(plane, np.uint8).reshape(rgb.height, plane.line_size)[:, : 3 * rgb.width]
 
+    def _display_matrix(self, frame: VideoFrame) -> tuple[int, int, int, int] | None:
+        """(a, b, c, d) of x' = a x + c y, y' = b x + d y with y down: how a picture that lies turned is to be shown.
+
+        FFmpeg's angle alone would do for plain rotations; of a mirrored picture it says 180 degrees. It comes first,
+        though, because side data is dear: PyAV (17, 18) ties a frame that was asked for it to itself, and as the
+        garbage collector counts objects, not bytes, hundreds of frames pile up before its turn. So a picture that
+        is only upside down, angle 0, is not noticed.
+        """
+        if not frame.rotation:
+            return None
+        self._turned = True
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
+        a, b, _, c, d = (round(value / 65536) for value in struct.unpack("=9i", bytes(data))[:5])
+        return a, b, c, d
+
 
 def _open_stream(path: str) -> tuple[InputContainer, VideoStream]:
     """The container and its best video stream, set to one decoding thread."""
@@ -283,18 +303,6 @@ def _frame_rate(path: str, stream: VideoStream) -> float:
     if not rate:
         raise DecodeError(f"{path}: the file does not say its frame rate; encode it again")
     return float(rate)
-
-
-def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
-    """(a, b, c, d) of x' = a x + c y, y' = b x + d y with y down: how the picture is to be shown, if it says.
-
-    Read as a matrix, not as FFmpeg's rotation angle: that takes a mirrored picture for one turned by 180 degrees.
-    """
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return None
-    a, b, _, c, d = (round(value / 65536) for value in struct.unpack("=9i", bytes(data))[:5])
-    return a, b, c, d
 
 
 def _upright(path: str, clip: Tensor, a: int, b: int, c: int, d: int) -> Tensor:

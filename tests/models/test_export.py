@@ -1,0 +1,74 @@
+"""torch.export and torch.compile take every configuration: a strict export is one full graph without a break."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from octvideo import build
+from octvideo.models import SlowFastSpec, Spec, StageSpec, create
+
+ROOT = Path(__file__).parents[2]
+
+
+def shallow(spec: Spec) -> Spec:
+    """The same structure with as few blocks a stage as keep a non-local block where there is one."""
+    if isinstance(spec, SlowFastSpec):
+        return replace(spec, slow=shallow(spec.slow), fast=shallow(spec.fast))
+
+    def fewer(stage: StageSpec) -> StageSpec:
+        blocks, after = (2, (1,)) if stage.nonlocal_after else (1, ())
+        return replace(stage, temporal_kernels=stage.temporal_kernels[:blocks], nonlocal_after=after)
+
+    return replace(spec, stages=tuple(fewer(stage) for stage in spec.stages))
+
+
+def networks() -> dict[str, Spec]:
+    """Every configuration's network, at 8 classes."""
+    paths = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if p.parent.name != "_base"]
+    load = lambda path: build.network_spec(build.load_config(path, ["MODEL.NUM_CLASSES", "8"]))  # noqa: E731
+    return {f"{path.parent.name}/{path.stem}": load(path) for path in paths}
+
+
+NETWORKS = networks()
+
+
+def check_export(spec: Spec) -> None:
+    torch.manual_seed(0)
+    model = create(spec).eval()
+    clip = torch.randn(1, 3, 16 if isinstance(spec, SlowFastSpec) else 4, 32, 32)
+    exported = torch.export.export(model, (clip,), strict=True).module()
+    with torch.inference_mode():
+        torch.testing.assert_close(exported(clip), model(clip), rtol=1e-5, atol=1e-6)
+
+
+QUICK = ["oct_i3d_r50_8x8_a0.2", "oct_i3d_nl_r50_8x8_a0.1", "oct_slowfast_r50_4x16_a0.2"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_octave_structures_export_strictly_and_give_the_same_numbers(name: str) -> None:
+    check_export(shallow(NETWORKS[f"kinetics400/{name}"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", {spec: name for name, spec in NETWORKS.items()}.values())
+def test_every_configuration_exports_strictly_at_full_depth(name: str) -> None:
+    check_export(NETWORKS[name])
+
+
+def test_compiled_training_step_has_no_graph_break() -> None:
+    torch.manual_seed(0)
+    model = create(NETWORKS["motion/oct_i3d_tiny"]).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    clip = torch.randn(2, 3, 4, 32, 32)
+    compiled(clip).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("crop", [160, 256, 320])
+def test_other_crops_and_frame_counts_on_one_network(crop: int) -> None:
+    model = create(NETWORKS["motion/oct_i3d_tiny"]).eval()
+    with torch.inference_mode():
+        for frames in (2, 5, 16):
+            assert model(torch.randn(1, 3, frames, crop, crop)).shape == (1, 8)

@@ -1,0 +1,76 @@
+"""What the documents tell a reader to type works: code blocks run, commands name files and flags that exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from octvideo import build, config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "datasets/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+COMMAND = re.compile(r"(?:python|torchrun)\b[^\n`|]*?\b((?:tools|datasets)/\w+\.py)([^\n`|]*)")
+
+
+def commands() -> list[tuple[str, str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for match in COMMAND.finditer(document.read_text()):
+            found.append((str(document.relative_to(ROOT)), match[1], match[2].split("#")[0].strip()))
+    return found
+
+
+@cache
+def help_of(script: str, *command: str) -> str:
+    done = subprocess.run([sys.executable, script, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("document,script,rest", commands())
+def test_commands_name_scripts_flags_and_configs_that_exist(document: str, script: str, rest: str) -> None:
+    words = shlex.split(rest)
+    subcommand = words[:1] if words and words[0].isalpha() and words[0].islower() else []
+    text = help_of(script, *subcommand)
+    for word in words:
+        if word.startswith("--"):
+            assert word in text, f"{document}: {script} {rest}: no flag {word}"
+        if word.startswith("configs/") and "FOLDER" not in word:
+            assert (ROOT / word).exists(), f"{document}: no {word}"
+    keys = dict(config._flatten(config.defaults()))
+    for word in words:
+        if re.fullmatch(r"[A-Z]+\.[A-Z_]+", word):
+            assert word in keys, f"{document}: {script} {rest}: no key {word}"
+
+
+def test_the_readme_s_python_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scope: dict = {}
+    exec(block, scope)
+    assert scope["logits"].shape == (1, 400)
+
+
+def test_the_readme_s_yaml_is_a_config(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    content = yaml.safe_load(block)
+    content["_BASE_"] = str(ROOT / content["_BASE_"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert build.load_config(path).MODEL.NUM_CLASSES == 5
+
+
+def test_links_lead_to_files() -> None:
+    for document in [*DOCUMENTS, ROOT / "configs/README.md"]:
+        prose = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+        for target in re.findall(r"\]\(([^)#:]+)\)", prose):
+            assert (document.parent / target).exists(), f"{document}: {target}"
