@@ -354,6 +354,12 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> dict[str, A
         path = Path(resume)
         state = checkpoint.load(path)
         checkpoint.load_weights(model, state["model"], path)
+        later = [p.name for p in checkpoint.found(folder) if checkpoint.step_of(p) > state["step"]]
+        if later:
+            raise CheckpointError(
+                f"{folder}: holds {', '.join(later)}, later than {path} (step {state['step']}); going back would mix two "
+                "runs: give another OUTPUT_DIR"
+            )
         return state
     if resume == "auto" and (newest := checkpoint.latest(folder)):
         path, state = newest

@@ -62,6 +62,11 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.removeprefix("checkpoint_"))
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint, tensors and plain values only. Raises CheckpointError for anything else."""
     if not path.is_file():

@@ -117,6 +117,13 @@ def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
 
 
+def test_going_back_in_a_folder_with_later_checkpoints_is_refused(videos: Path, trained: tuple[Path, str]) -> None:
+    first = trained[0] / "checkpoint_00000002.pt"
+    error = run(arguments(videos, trained[0], "TRAIN.RESUME", str(first)), status=1)[1]
+    assert "holds checkpoint_00000004.pt, later than" in error and "give another OUTPUT_DIR" in error
+    assert len(checkpoint.found(trained[0])) == 2
+
+
 def test_a_folder_with_checkpoints_is_not_overwritten(videos: Path, trained: tuple[Path, str]) -> None:
     before = sorted(p.stat().st_mtime_ns for p in trained[0].glob("*.pt"))
     error = run(arguments(videos, trained[0]), status=1)[1]
