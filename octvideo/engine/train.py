@@ -103,7 +103,7 @@ def fit(
                     log.event("train", progress.step, values)
                 done = epoch - first + (index + 1) / steps
                 eta = (time.perf_counter() - started) / done * (epochs - first - done)
-                shown.set_postfix_str(f"{meter.line()}, whole run {duration(eta)} left")
+                shown.set_postfix_str(f"{meter.line()}, whole run {duration(eta)} left", refresh=False)
                 shown.update()
         progress.epoch = epoch + 1
         after_epoch({"lr": lr_at(epoch), **meter.epoch()})
