@@ -123,8 +123,8 @@ other file is one experiment, run by `python tools/run_net.py --cfg configs/FOLD
 
 Counted: multiply-adds of convolutions and linear layers for one 224 x 224 clip, pooling windows and attention products
 apart (`tools/analyze.py complexity`). Printed, and the top-1: the paper's (Table 8), NOT measured with this code. Blank:
-not a row of the paper. `_in1k` starts from inflated ImageNet weights; `_padded` pads the stem's pool as pytorchvideo and
-PySlowFast do, the rows of the paper do not.
+not a row of the paper. `_padded` pads the stem's pool as pytorchvideo and PySlowFast do, the rows of the paper do not.
+`_in1k` fine-tunes from ImageNet weights, inflated to video, that it expects in TRAIN.INIT: this version does not make them.
 
 """
 

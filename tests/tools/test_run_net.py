@@ -18,7 +18,18 @@ from octvideo.engine import checkpoint
 from tools import run_net
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["DATA.NUM_WORKERS", "0", "DATA.SAMPLING_RATE", "1", "DATA.NUM_FRAMES", "4", "SOLVER.WARMUP_EPOCHS", "1"]
+SMALL = [
+    "NUM_THREADS",
+    "1",
+    "DATA.NUM_WORKERS",
+    "0",
+    "DATA.SAMPLING_RATE",
+    "1",
+    "DATA.NUM_FRAMES",
+    "4",
+    "SOLVER.WARMUP_EPOCHS",
+    "1",
+]
 SMALL += ["DATA.TRAIN_SHORT_SIDE", "[36, 40]", "DATA.TRAIN_CROP", "32", "DATA.TEST_SHORT_SIDE", "36"]
 SMALL += ["DATA.TEST_CROP", "32", "TRAIN.BATCH_SIZE", "4", "TRAIN.VAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1"]
 SMALL += ["MODEL.NUM_CLASSES", "2", "TEST.CLIPS", "2", "DEVICE", "cpu", "TRAIN.EPOCHS", "2"]
