@@ -126,6 +126,10 @@ def video_list(cfg: CfgNode, path: str, *, training: bool) -> VideoList:
     )
 
 
+def test_list(cfg: CfgNode) -> VideoList:
+    return video_list(cfg, cfg.DATA.TEST_LIST or cfg.DATA.VAL_LIST, training=False)
+
+
 def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.device) -> DataLoader:
     clips = TrainDataset(
         videos,
@@ -209,6 +213,8 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     videos = video_list(cfg, cfg.DATA.TRAIN_LIST, training=True)
     clips = train_loader(cfg, videos, world, device)
     validate = _validation(cfg, world, device) if cfg.TRAIN.VAL_PERIOD else None
+    if cfg.TEST.ENABLE:
+        test_list(cfg)  # what is wrong with it should show before the training, not after
     model = network(cfg)
     start = _starting_point(cfg, folder, model)
     place(cfg, model, device)
@@ -264,7 +270,7 @@ def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
     """
     folder = Path(cfg.OUTPUT_DIR)
     path, state = _weights_to_test(cfg, folder)
-    videos = video_list(cfg, cfg.DATA.TEST_LIST or cfg.DATA.VAL_LIST, training=False)
+    videos = test_list(cfg)
     model = network(cfg)
     checkpoint.load_weights(model, state["model"], path)
     result = evaluate(

@@ -240,6 +240,11 @@ def test_bad_lists_stop_before_anything_is_written(videos: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bad_test_list_stops_before_the_training(videos: Path, tmp_path: Path) -> None:
+    error = run(arguments(videos, tmp_path / "out", "DATA.TEST_LIST", str(tmp_path / "none.txt")), status=2)[1]
+    assert "none.txt" in error and not (tmp_path / "out").exists()
+
+
 def test_bad_configs(videos: Path, tmp_path: Path) -> None:
     error = run(arguments(videos, tmp_path, "DATA.NUM_FRAMES", "1", "TEST.CLIPS", "0"), status=2)[1]
     assert "TEST.CLIPS is 0; allowed: 1 or more" in error
