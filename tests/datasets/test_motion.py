@@ -357,7 +357,10 @@ def test_a_run_that_failed_half_way_goes_on(small, tmp_path, monkeypatch):
 def running(tmp_path):
     """The command at work in tmp_path/out with two workers, a few of its 328 clips written."""
     arguments = ["--out", tmp_path / "out", "--train", 40, "--val", 1, "--size", 48]
-    with subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    # A shell that starts this suite in the background has its children ignore ctrl-C; this one must not inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 30
         while len(list(tmp_path.rglob("*.mp4"))) < 8:
             assert time.monotonic() < deadline, "no clips in 30 s"

@@ -14,7 +14,7 @@ def build(name: str, alpha: float = 0.0, pool: tuple[int, ...] = (1, 2, 2), **fi
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("alpha", [0.1, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("pool", POOLS)
 def test_state_dict_is_the_vanilla_twin_s(name: str, alpha: float, pool: tuple[int, ...]) -> None:
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def test_temporal_kernels_of_i3d_are_where_the_paper_has_them() -> None:
 
 @pytest.mark.parametrize("alpha,pool", [(0.0, (1, 2, 2)), (0.25, (1, 2, 2)), (0.25, (2, 2, 2)), (1.0, (2, 2, 2))])
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("size", [(8, 64, 64), (5, 61, 47), (2, 32, 32), (7, 40, 72)])
+@pytest.mark.parametrize("size", [(8, 64, 64), (5, 61, 47), (2, 32, 32)])
 def test_any_size_runs_forward_and_backward(
     alpha: float, pool: tuple[int, ...], padding: int, size: tuple[int, ...]
 ) -> None:

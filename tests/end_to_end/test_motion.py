@@ -12,7 +12,7 @@ from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World
 from tools import run_net
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 PAIR = (0, 1)  # left, right: the quickest to learn
 
