@@ -110,11 +110,12 @@ def load_weights(model: nn.Module, weights: dict[str, Any], source: Path, new_he
     table of what does not.
     """
     own = model.state_dict()
+    needed = own
     if new_head:
-        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-    problems = [f"missing     {k} {tuple(v.shape)}" for k, v in own.items() if k not in weights]
-    if new_head:
-        problems = [line for line in problems if " head." not in line]
+        needed, weights = (
+            {k: v for k, v in entries.items() if not k.startswith("head.")} for entries in (own, weights)
+        )
+    problems = [f"missing     {k} {tuple(v.shape)}" for k, v in needed.items() if k not in weights]
     problems += [f"unexpected  {k} {tuple(v.shape)}" for k, v in weights.items() if k not in own]
     problems += [
         f"shape       {k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the network"

@@ -90,8 +90,3 @@ def broadcast_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
