@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 from octvideo import build
 from octvideo.analysis.complexity import Complexity
-from octvideo.analysis.paper import PRINTED, allowed_difference
+from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
 from octvideo.config import ConfigError
 from octvideo.engine.checkpoint import write_atomic
 
@@ -73,7 +73,7 @@ def complexity(options: argparse.Namespace) -> None:
         print()
     macs = cost.macs
     rows = [
-        ["input (C, T, H, W)", " x ".join(str(size) for size in cost.input)],
+        ["input of one clip or image", " x ".join(str(size) for size in cost.input)],
         ["parameters", f"{cost.params / 1e6:.3f} M"],
         ["multiply-adds, convolution + FC", f"{macs.conv_fc / 1e9:.3f} G"],
         ["multiply-adds, pooling windows", f"{macs.pool / 1e9:.3f} G"],
@@ -84,6 +84,14 @@ def complexity(options: argparse.Namespace) -> None:
 
 
 def zoo(options: argparse.Namespace) -> None:
+    text = ZOO_INTRODUCTION + _video_table() + ZOO_IMAGES + _image_table()
+    if options.write:
+        write_atomic(options.write, text.encode())
+    else:
+        print(text, end="")
+
+
+def _video_table() -> str:
     rows = []
     for name, path in configs().items():
         if not name.startswith("kinetics"):
@@ -107,12 +115,32 @@ def zoo(options: argparse.Namespace) -> None:
             ]
         )
     header = ["row", "alpha", "pooling", "params M", "counted G", "printed G", "difference", "paper's top-1 %"]
-    table = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * 7))
-    text = ZOO_INTRODUCTION + table + "\n"
-    if options.write:
-        write_atomic(options.write, text.encode())
-    else:
-        print(text, end="")
+    return _table(rows, header)
+
+
+def _image_table() -> str:
+    rows = []
+    for name, path in configs().items():
+        if not name.startswith("imagenet/"):
+            continue
+        cfg, cost, row = build.load_config(path), cost_of(name), IMAGES.get(path.stem)
+        rows.append(
+            [
+                f"[{path.stem}]({name}.yaml)",
+                f"{cfg.OCTAVE.ALPHA:g}" if cfg.OCTAVE.ALPHA else "-",
+                f"{cost.params / 1e6:.4f}",
+                f"{cost.macs.conv_fc / 1e6:.2f}",
+                f"{row.mmacs:.2f}" if row else "",
+                f"{row.top1:.1f}" if row and row.top1 else "",
+                f"{row.top5:.1f}" if row and row.top5 else "",
+            ]
+        )
+    return _table(rows, ["network", "alpha", "params M", "counted M", "authors' M", "their top-1 %", "top-5 %"])
+
+
+def _table(rows: list[list[str]], header: list[str]) -> str:
+    align = ("left", *["right"] * (len(header) - 1))
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align) + "\n"
 
 
 POOLINGS = {(1, 2, 2): "spatial", (2, 2, 2): "temporal-spatial"}
@@ -121,10 +149,19 @@ ZOO_INTRODUCTION = """# Configurations
 Written by `python tools/analyze.py zoo --write configs/README.md`. `_base/` holds what several share (`_BASE_`); every
 other file is one experiment, run by `python tools/run_net.py --cfg configs/FOLDER/FILE.yaml`.
 
+## Video
 Counted: multiply-adds of convolutions and linear layers for one 224 x 224 clip, pooling windows and attention products
 apart (`tools/analyze.py complexity`). Printed, and the top-1: the paper's (Table 8), NOT measured with this code. Blank:
 not a row of the paper. `_padded` pads the stem's pool as pytorchvideo and PySlowFast do, the rows of the paper do not.
-`_in1k` fine-tunes from ImageNet weights, inflated to video, that it expects in TRAIN.INIT: this version does not make them.
+`_in1k` fine-tunes from ImageNet weights, inflated to video, that it expects in TRAIN.INIT: `tools/inflate.py` makes them
+(docs/weights.md).
+
+"""
+ZOO_IMAGES = """
+## Images
+For one 224 x 224 image. The authors' multiply-adds were counted on their code, and the accuracies are those of their
+weights, NOT measured with this code; blank: not published. Input as theirs: `_base/imagenet_symbol.yaml` (the ablation
+networks, with pre-activation) or `_base/imagenet_gluon.yaml` (the others).
 
 """
 

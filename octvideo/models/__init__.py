@@ -2,21 +2,49 @@
 
 from torch import nn
 
+from octvideo.models.densenet import DenseNet
+from octvideo.models.mobilenet import MobileNet
 from octvideo.models.resnet import ResNet
 from octvideo.models.slowfast import SlowFast
-from octvideo.models.spec import NetSpec, SlowFastSpec, Spec, StageSpec, StemSpec, feature_sizes
-from octvideo.models.zoo import NETWORKS, with_nonlocal, with_octave
+from octvideo.models.spec import (
+    ConvSpec,
+    DenseNetSpec,
+    MobileNetSpec,
+    PoolSpec,
+    ResNetSpec,
+    SlowFastSpec,
+    Spec,
+    StageSpec,
+    StemSpec,
+    feature_sizes,
+)
+from octvideo.models.zoo import NETWORKS, with_nonlocal, with_octave, with_pool_padding
 
 
 def create(spec: Spec) -> nn.Module:
     """The network of a description, with fresh weights."""
-    return SlowFast(spec) if isinstance(spec, SlowFastSpec) else ResNet(spec)
+    match spec:
+        case SlowFastSpec():
+            return SlowFast(spec)
+        case MobileNetSpec():
+            return MobileNet(spec)
+        case DenseNetSpec():
+            return DenseNet(spec)
+        case ResNetSpec():
+            return ResNet(spec)
+    raise TypeError(f"{type(spec).__name__} describes no network")
 
 
 __all__ = [
     "NETWORKS",
-    "NetSpec",
+    "ConvSpec",
+    "DenseNet",
+    "DenseNetSpec",
+    "MobileNet",
+    "MobileNetSpec",
+    "PoolSpec",
     "ResNet",
+    "ResNetSpec",
     "SlowFast",
     "SlowFastSpec",
     "Spec",
@@ -26,4 +54,5 @@ __all__ = [
     "feature_sizes",
     "with_nonlocal",
     "with_octave",
+    "with_pool_padding",
 ]

@@ -7,9 +7,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from octvideo.models.blocks import Head, Stem, initialize, norm, stage
-from octvideo.models.spec import NetSpec, SlowFastSpec
-from octvideo.octave import Feature, OctConv3d, concatenate, lift, split_channels
+from octvideo.models.blocks import Head, Stem, initialize, norm, split, stage
+from octvideo.models.spec import ResNetSpec, SlowFastSpec
+from octvideo.octave import Feature, OctConv3d, Parts, concatenate, lift
 
 
 def strided_frames(num_frames: int, ratio: int) -> list[int]:
@@ -29,17 +29,15 @@ SLOW_FRAMES = {"strided": strided_frames, "pyslowfast": pyslowfast_frames}
 class Pathway(nn.Module):
     """A ResNet's stem and stages, each stage taking the lateral channels that were put behind its input."""
 
-    def __init__(self, spec: NetSpec, lateral: dict[str, tuple[int, float]]) -> None:
-        """lateral: behind the stem or a stage, by name, (channels, alpha) of what is added there."""
+    def __init__(self, spec: ResNetSpec, lateral: dict[str, Parts]) -> None:
+        """lateral: behind the stem or a stage, by name, the channels that are added there."""
         super().__init__()
         self.stem = Stem(spec)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        name, channels, alpha = "stem", spec.stem.channels, 0.0
+        name, parts = "stem", split(spec.stem.channels, 0.0)
         for part in spec.stages:
-            added, added_alpha = lateral.get(name, (0, 0.0))
-            low = split_channels(channels, alpha)[1] + split_channels(added, added_alpha)[1]
-            stages[part.name] = stage(spec, part, channels + added, low / (channels + added))
-            name, channels, alpha = part.name, part.channels, part.alpha
+            stages[part.name] = stage(spec, part, parts + lateral.get(name, ()))
+            name, parts = part.name, split(part.channels, part.alpha)
         self.stages = nn.ModuleDict(stages)
 
 
@@ -73,7 +71,7 @@ class Lateral(nn.Module):
                 pool=spec.fast.octave_pool,
                 pool_stride=False,
             )
-        self.bn = norm(spec.fast, out, alpha)
+        self.bn = norm(spec.fast, split(out, alpha))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Feature) -> Feature:
@@ -94,7 +92,7 @@ class SlowFast(nn.Module):
         sources = {"stem": (spec.fast.stem.channels, 0.0)}
         sources.update({part.name: (part.channels, part.alpha) for part in spec.fast.stages[:-1]})
         self.laterals = nn.ModuleDict({name: Lateral(spec, *source) for name, source in sources.items()})
-        added = {name: (channels * spec.lateral_ratio, alpha) for name, (channels, alpha) in sources.items()}
+        added = {name: split(channels * spec.lateral_ratio, alpha) for name, (channels, alpha) in sources.items()}
         self.slow = Pathway(spec.slow, added)
         self.fast = Pathway(spec.fast, {})
         channels = spec.slow.stages[-1].channels + spec.fast.stages[-1].channels

@@ -1,4 +1,4 @@
-"""Networks as data: frozen descriptions that `models.resnet` builds and `models.zoo` derives from one another.
+"""Networks as data: frozen descriptions that `models.create` builds and `models.zoo` derives from one another.
 
 Sizes, kernels and strides are (T, H, W) for video networks and (H, W) for image networks.
 """
@@ -11,29 +11,33 @@ Size = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class StemSpec:
-    """Convolution, norm, ReLU, max-pool on one frequency.
-
-    pool_padding: 1 is the padded pool of PySlowFast and pytorchvideo (112 -> 56), 0 the unpadded one that the paper's
-    printed counts need (112 -> 55).
-    """
+class ConvSpec:
+    """A size-preserving convolution (padding kernel // 2) with norm and activation."""
 
     channels: int
     kernel: Size
     stride: Size
-    pool_kernel: Size
-    pool_stride: Size
-    pool_padding: Size
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A max-pool."""
+
+    kernel: Size
+    stride: Size
+    padding: Size
 
 
 @dataclass(frozen=True)
 class StageSpec:
     """A run of bottleneck blocks at one resolution.
 
-    width: channels inside the bottleneck; channels: after it. stride: of the first block (on its 3x3 convolution).
-    temporal_kernels: size in time of each block's first convolution; length = blocks (all 1 in an image network).
-    pool_after: kernel and stride of a max-pool behind the stage. nonlocal_after: numbers of the blocks that a non-local
-    block follows. alpha: share of low-frequency channels.
+    width: channels inside the bottleneck; channels: after it. stride: of the first block, on its conv1, 2 or 3
+    (stride_on). temporal_kernels: size in time of each block's first convolution; length = blocks (all 1 in an image
+    network). groups: of the 3x3 convolution. squeeze: width of a squeeze-excitation at each block's end, 0 for none.
+    input_norm: an affine-free norm on what conv1 and the projection read. pool_after: kernel and stride of a max-pool
+    behind the stage. nonlocal_after, glore_after: numbers of the blocks that a non-local block or a global reasoning
+    unit follows. alpha: share of low-frequency channels.
     """
 
     name: str
@@ -41,8 +45,13 @@ class StageSpec:
     channels: int
     stride: Size
     temporal_kernels: tuple[int, ...]
+    stride_on: int = 2
+    groups: int = 1
+    squeeze: int = 0
+    input_norm: bool = False
     pool_after: Size | None = None
     nonlocal_after: tuple[int, ...] = ()
+    glore_after: tuple[int, ...] = ()
     alpha: float = 0.0
 
     @property
@@ -51,22 +60,89 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class StemSpec:
+    """Convolutions on one frequency, then a max-pool or, in its place, a bottleneck block (or neither).
+
+    pool.padding: 1 is the padded pool of PySlowFast and pytorchvideo (112 -> 56), 0 the unpadded one that the paper's
+    printed counts of video networks need (112 -> 55).
+    """
+
+    convs: tuple[ConvSpec, ...]
+    pool: PoolSpec | None = None
+    bottleneck: StageSpec | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.bottleneck.channels if self.bottleneck else self.convs[-1].channels
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetSpec:
-    """A ResNet. octave_pool: factor between the frequencies per dimension; None makes every layer vanilla."""
+    """What all networks of one trunk have. octave_pool: factor between the frequencies; None makes it vanilla."""
 
     stem: StemSpec
-    stages: tuple[StageSpec, ...]
     num_classes: int
-    dropout: float = 0.5
+    dropout: float = 0.0
     in_channels: int = 3
     norm_eps: float = 1e-5
     norm_momentum: float = 0.1
-    nonlocal_form: str = "softmax"
     octave_pool: Size | None = None
 
     @property
     def dims(self) -> int:
-        return len(self.stem.kernel)
+        return len(self.stem.convs[0].kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetSpec(NetSpec):
+    """A ResNet. preactivation: norm and ReLU before each convolution (arXiv 1603.05027) instead of behind it."""
+
+    stages: tuple[StageSpec, ...]
+    preactivation: bool = False
+    nonlocal_form: str = "softmax"
+
+
+@dataclass(frozen=True)
+class MobileStageSpec:
+    """Blocks at one resolution. channels: behind each block. stride: of the first. alpha: share of low channels.
+
+    expansion: channels inside an inverted residual block per channel of its input; 0 makes the blocks depthwise
+    separable convolutions (MobileNetV1).
+    """
+
+    name: str
+    channels: tuple[int, ...]
+    stride: Size
+    expansion: int
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MobileNetSpec(NetSpec):
+    """MobileNetV1 or V2. tail_channels: of the 1x1 convolution before the head, 0 for none. relu6: ReLU6 for ReLU."""
+
+    stages: tuple[MobileStageSpec, ...]
+    tail_channels: int = 0
+    relu6: bool = False
+
+
+@dataclass(frozen=True)
+class DenseStageSpec:
+    """Dense layers at one resolution. stride: of the transition into it. alpha: share of low channels that layers add."""
+
+    name: str
+    layers: int
+    stride: Size
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseNetSpec(NetSpec):
+    """A DenseNet. growth: channels that each layer adds; width: of its 1x1 convolution."""
+
+    stages: tuple[DenseStageSpec, ...]
+    growth: int = 32
+    width: int = 128
 
 
 @dataclass(frozen=True)
@@ -79,8 +155,8 @@ class SlowFastSpec:
     spreads them to the very end, as PySlowFast does.
     """
 
-    slow: NetSpec
-    fast: NetSpec
+    slow: ResNetSpec
+    fast: ResNetSpec
     frame_ratio: int
     lateral_kernel: int
     lateral_ratio: int = 2
@@ -91,7 +167,8 @@ class SlowFastSpec:
         return self.slow.num_classes
 
 
-Spec = NetSpec | SlowFastSpec
+TrunkSpec = ResNetSpec | MobileNetSpec | DenseNetSpec
+Spec = TrunkSpec | SlowFastSpec
 
 
 def feature_sizes(spec: Spec, size: Size) -> dict[str, Size]:
@@ -120,23 +197,29 @@ def feature_sizes(spec: Spec, size: Size) -> dict[str, Size]:
     return sizes
 
 
-def _sizes(spec: NetSpec, size: Size) -> dict[str, Size]:
+def _sizes(spec: TrunkSpec, size: Size) -> dict[str, Size]:
     stem = spec.stem
-    size = tuple(-(-s // stride) for s, stride in zip(size, stem.stride, strict=True))
-    size = tuple(
-        (s + 2 * p - k) // stride + 1
-        for s, k, stride, p in zip(size, stem.pool_kernel, stem.pool_stride, stem.pool_padding, strict=True)
-    )
+    for conv in stem.convs:
+        size = _strided(size, conv.stride)
+    if stem.pool:
+        geometry = zip(size, stem.pool.kernel, stem.pool.stride, stem.pool.padding, strict=True)
+        size = tuple((s + 2 * p - k) // stride + 1 for s, k, stride, p in geometry)
+    if stem.bottleneck:
+        size = _strided(size, stem.bottleneck.stride)
     sizes = {"stem": size}
     for stage in spec.stages:
-        size = tuple(-(-s // stride) for s, stride in zip(size, stage.stride, strict=True))
-        if stage.pool_after:
+        size = _strided(size, stage.stride)
+        if isinstance(stage, StageSpec) and stage.pool_after:
             size = tuple(s // k for s, k in zip(size, stage.pool_after, strict=True))
         sizes[stage.name] = size
     return sizes
 
 
-def _smallest_size(spec: NetSpec) -> Size:
+def _strided(size: Size, stride: Size) -> Size:
+    return tuple(-(-s // step) for s, step in zip(size, stride, strict=True))
+
+
+def _smallest_size(spec: TrunkSpec) -> Size:
     def fits(axis: int, length: int) -> bool:
         probe = tuple(length if i == axis else 4096 for i in range(spec.dims))
         return all(min(s) >= 1 for s in _sizes(spec, probe).values())

@@ -1,10 +1,11 @@
 """The octave operator: two-frequency features and the layers over them. Imports torch only."""
 
-from octvideo.octave.attention import NonLocal
+from octvideo.octave.attention import GlobalReasoning, NonLocal
 from octvideo.octave.conv import OctConv2d, OctConv3d
 from octvideo.octave.feature import (
     Feature,
     Octave,
+    Parts,
     average_pool,
     concatenate,
     global_average_pool,
@@ -12,10 +13,11 @@ from octvideo.octave.feature import (
     split_channels,
     upsample,
 )
-from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, OctMaxPool2d, OctMaxPool3d
+from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, OctMaxPool2d, OctMaxPool3d, SqueezeExcite
 
 __all__ = [
     "Feature",
+    "GlobalReasoning",
     "NonLocal",
     "OctBatchNorm2d",
     "OctBatchNorm3d",
@@ -24,6 +26,8 @@ __all__ = [
     "OctMaxPool2d",
     "OctMaxPool3d",
     "Octave",
+    "Parts",
+    "SqueezeExcite",
     "average_pool",
     "concatenate",
     "global_average_pool",

@@ -8,6 +8,9 @@ The four kernels are blocks of `weight` [C_out, C_in / groups, *kernel], high ch
                  C_in_high   C_in_low
     C_out_high     W_HH        W_LH
     C_out_low      W_HL        W_LL
+
+Each path of a grouped layer has all its groups (the authors' code). So a grouped weight, though of the vanilla shape,
+joins other channels than the vanilla layer's: of all layers, it alone does not carry over from one alpha to another.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from torch.nn.modules.conv import _ConvNd
 from octvideo.octave.feature import (
     Feature,
     Octave,
+    Parts,
     average_pool,
+    channel_order,
     require_feature,
     split_channels,
     upsample,
@@ -40,11 +45,22 @@ class _OctConv(_ConvNd):
     alpha_out: float
     pool: tuple[int, ...]
     pool_stride: bool
+    in_order: Tensor | None
 
-    def _split(self, alpha_in: float, alpha_out: float, pool: Sequence[int], pool_stride: bool) -> None:
-        self.alpha_in, self.alpha_out = float(alpha_in), float(alpha_out)
+    def _split(
+        self, alpha_in: float, alpha_out: float, in_parts: Parts | None, pool: Sequence[int], pool_stride: bool
+    ) -> None:
+        name = type(self).__name__
+        parts = in_parts or (split_channels(self.in_channels, alpha_in),)
+        if sum(map(sum, parts)) != self.in_channels:
+            raise ValueError(f"{name}: in_parts {parts} do not add up to {self.in_channels} channels")
+        self.in_high, self.in_low = sum(high for high, _ in parts), sum(low for _, low in parts)
+        self.alpha_in = self.in_low / self.in_channels if in_parts else float(alpha_in)
+        self.alpha_out = float(alpha_out)
+        self.register_buffer("in_order", channel_order(parts), persistent=False)
+        if self.in_order is not None and self.groups > 1:
+            raise ValueError(f"{name}: {self.groups} groups over a concatenation {parts}; give 1 group or one part")
         self.pool = _checked_pool(pool, dims=len(self.kernel_size))
-        self.in_high, self.in_low = split_channels(self.in_channels, self.alpha_in)
         self.out_high, self.out_low = split_channels(self.out_channels, self.alpha_out)
         self.depthwise = self.groups == self.in_channels > 1
         # What a stride does: pooling before the convolution, or the convolution's own step.
@@ -107,9 +123,10 @@ class _OctConv(_ConvNd):
             return self._convolve(average_pool(x, self._pooled), self.weight, self.bias)
         high, low = x if isinstance(x, Octave) else (x, None)
         size = self._output_size(high)
-        y_high, y_low = self._from_high(high)
+        weight = self.weight if self.in_order is None else self.weight[:, self.in_order]
+        y_high, y_low = self._from_high(high, weight)
         if low is not None:
-            y_high, y_low = self._add_low(y_high, y_low, low, size)
+            y_high, y_low = self._add_low(y_high, y_low, low, weight, size)
         if not self.out_low:
             assert y_high is not None
             return y_high
@@ -127,7 +144,7 @@ class _OctConv(_ConvNd):
             return tuple(-(-size // s) + 2 * p - d * (k - 1) for size, s, p, k, d in geometry)
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, s, p, k, d in geometry)
 
-    def _from_high(self, high: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _from_high(self, high: Tensor, kernel: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """H->H and H->L; both read the strided map, and the bias of each output rides here."""
         if not self.in_high:
             return None, None
@@ -135,22 +152,22 @@ class _OctConv(_ConvNd):
         high = average_pool(high, self._pooled)
         y_high = y_low = None
         if self.out_high:
-            weight = self.weight[: self.out_high, :columns]
+            weight = kernel[: self.out_high, :columns]
             y_high = self._convolve(high, weight, self._bias(0, self.out_high))
         if self.out_low and not self.depthwise:
-            weight = self.weight[self.out_high :, :columns]
+            weight = kernel[self.out_high :, :columns]
             bias = self._bias(self.out_high, self.out_channels)
             y_low = self._convolve(average_pool(high, self.pool), weight, bias)
         return y_high, y_low
 
     def _add_low(
-        self, y_high: Tensor | None, y_low: Tensor | None, low: Tensor, size: tuple[int, ...]
+        self, y_high: Tensor | None, y_low: Tensor | None, low: Tensor, kernel: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         """L->H and L->L on top of what the high map gave."""
         if self.depthwise:
             bias = self._bias(self.out_high, self.out_channels)
-            return y_high, self._convolve(average_pool(low, self._pooled), self.weight[self.out_high :], bias)
-        weight = self.weight[:, self.in_high // self.groups :]
+            return y_high, self._convolve(average_pool(low, self._pooled), kernel[self.out_high :], bias)
+        weight = kernel[:, self.in_high // self.groups :]
         bias = None if self.in_high else self.bias
         # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
         to_high = tuple(max(s // p, 1) for s, p in zip(self._pooled, self.pool, strict=True))
@@ -202,6 +219,8 @@ class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d over two frequencies; same parameters, same state dict.
 
     Args beyond nn.Conv2d's: alpha_in, alpha_out: share of low channels, 0 to 1 (0: a plain tensor on that side).
+    in_parts: in place of alpha_in where the input is a concatenation, (high, low) channels of each part; the weight's
+    columns stay in the vanilla order, part by part.
     pool: factor between the frequencies in (H, W). pool_stride: stride by average pooling (the paper's form, 1 or 2 per
     dimension) or, if False, by the convolutions' own stride.
     Raises ValueError for what cannot work: a split that groups do not divide, stride above 2, padding that changes
@@ -224,6 +243,7 @@ class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
         *,
         alpha_in: float = 0.0,
         alpha_out: float = 0.0,
+        in_parts: Parts | None = None,
         pool: Sequence[int] = (2, 2),
         pool_stride: bool = True,
     ) -> None:
@@ -241,13 +261,15 @@ class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
             device,
             dtype,
         )
-        self._split(alpha_in, alpha_out, pool, pool_stride)
+        self._split(alpha_in, alpha_out, in_parts, pool, pool_stride)
 
 
 class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
     """nn.Conv3d over two frequencies; same parameters, same state dict.
 
     Args beyond nn.Conv3d's: alpha_in, alpha_out: share of low channels, 0 to 1 (0: a plain tensor on that side).
+    in_parts: in place of alpha_in where the input is a concatenation, (high, low) channels of each part; the weight's
+    columns stay in the vanilla order, part by part.
     pool: factor between the frequencies in (T, H, W): (1, 2, 2) is the paper's spatial octave, (2, 2, 2) the
     temporal-spatial one. pool_stride: stride by average pooling (the paper's form, 1 or 2 per dimension) or, if False,
     by the convolutions' own stride.
@@ -271,6 +293,7 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
         *,
         alpha_in: float = 0.0,
         alpha_out: float = 0.0,
+        in_parts: Parts | None = None,
         pool: Sequence[int] = (1, 2, 2),
         pool_stride: bool = True,
     ) -> None:
@@ -288,4 +311,4 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
             device,
             dtype,
         )
-        self._split(alpha_in, alpha_out, pool, pool_stride)
+        self._split(alpha_in, alpha_out, in_parts, pool, pool_stride)

@@ -35,13 +35,30 @@ Feature = Tensor | Octave
 def split_channels(channels: int, alpha: float) -> tuple[int, int]:
     """(high, low) channel counts: low = int(alpha * channels), as in the authors' code; no rounding to 8.
 
-    A layer carries two frequencies exactly when low > 0. An alpha that is itself a quotient of counts, low / channels
-    (behind a concatenation), gives that low back.
+    A layer carries two frequencies exactly when low > 0. An alpha that is itself a quotient of counts, low / channels,
+    gives that low back.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}; it is the share of low-frequency channels, from 0 to 1")
     low = int(alpha * channels + 1e-6)  # (7 / 80) * 80 may fall short of 7
     return channels - low, low
+
+
+Parts = tuple[tuple[int, int], ...]
+"""(high, low) channels of each part of a concatenation; of a feature that is none, one part."""
+
+
+def channel_order(parts: Parts) -> Tensor | None:
+    """Where the channels of `concatenate(...)`, all highs before all lows, stand in the vanilla concatenation.
+
+    The vanilla network puts the parts behind one another whole, and so does the state dict, or a vanilla checkpoint
+    would meet other channels in the octave network. int64 [C]; None where both orders are the same.
+    """
+    starts = [sum(high + low for high, low in parts[:index]) for index in range(len(parts))]
+    highs = [start + c for start, (high, _) in zip(starts, parts, strict=True) for c in range(high)]
+    lows = [start + high + c for start, (high, low) in zip(starts, parts, strict=True) for c in range(low)]
+    order = highs + lows
+    return None if order == list(range(len(order))) else torch.tensor(order)
 
 
 def low_size(size: Sequence[int], pool: Sequence[int]) -> tuple[int, ...]:

@@ -9,11 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from octvideo.octave.feature import Feature, Octave, low_size, require_feature, split_channels
+from octvideo.octave.feature import (
+    Feature,
+    Octave,
+    Parts,
+    channel_order,
+    global_average_pool,
+    low_size,
+    require_feature,
+    split_channels,
+)
 
 
 class _OctBatchNorm(_BatchNorm):
-    """One vector per statistic, as in the vanilla norm; its first part normalizes high, the rest low."""
+    """One vector per statistic, as in the vanilla norm; its first part normalizes high, the rest low.
+
+    parts: in place of alpha for a concatenation, (high, low) channels of each part; the vectors stay in the vanilla
+    order, part by part.
+    """
+
+    order: Tensor | None
 
     def __init__(
         self,
@@ -26,10 +41,16 @@ class _OctBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         alpha: float = 0.0,
+        parts: Parts | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.alpha = float(alpha)
-        self.high, self.low = split_channels(num_features, self.alpha)
+        self.high, self.low = split_channels(num_features, alpha)
+        if parts is not None:
+            self.high, self.low = sum(high for high, _ in parts), sum(low for _, low in parts)
+            if self.high + self.low != num_features:
+                raise ValueError(f"{type(self).__name__}: parts {parts} do not add up to {num_features} channels")
+        self.alpha = self.low / num_features if parts else float(alpha)
+        self.register_buffer("order", channel_order(parts or ((self.high, self.low),)), persistent=False)
 
     def forward(self, x: Feature) -> Feature:  # type: ignore[override]
         """x: [N, C, ...] when alpha gives no low channels, else Octave of C_high + C_low channels."""
@@ -41,8 +62,12 @@ class _OctBatchNorm(_BatchNorm):
         self._check_input_dim(x.high)
         self._check_input_dim(x.low)
         momentum = self._step_momentum()
-        high = self._normalize(x.high, slice(0, self.high), momentum) if self.high else x.high
-        return Octave(high, self._normalize(x.low, slice(self.high, None), momentum))
+        highs: slice | Tensor = slice(0, self.high)
+        lows: slice | Tensor = slice(self.high, None)
+        if self.order is not None:
+            highs, lows = self.order[highs], self.order[lows]
+        high = self._normalize(x.high, highs, momentum) if self.high else x.high
+        return Octave(high, self._normalize(x.low, lows, momentum))
 
     def normalize_high(self, x: Tensor) -> Tensor:
         """[N, C_high, ...] -> the same, where only the high frequency is at hand (the output of a non-local block)."""
@@ -56,20 +81,25 @@ class _OctBatchNorm(_BatchNorm):
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _normalize(self, x: Tensor, part: slice, momentum: float) -> Tensor:
+    def _normalize(self, x: Tensor, part: slice | Tensor, momentum: float) -> Tensor:
         # As the parent: running statistics are updated if tracked, and used in evaluation wherever there are any.
         mean, var = self.running_mean, self.running_var
-        given = mean is not None and var is not None and (not self.training or self.track_running_stats)
-        return F.batch_norm(
+        known = mean is not None and var is not None
+        given = known and (not self.training or self.track_running_stats)
+        own_mean, own_var = (mean[part], var[part]) if given else (None, None)  # type: ignore[index]
+        y = F.batch_norm(
             x,
-            mean[part] if mean is not None and given else None,
-            var[part] if var is not None and given else None,
+            own_mean,
+            own_var,
             self.weight[part] if self.affine else None,
             self.bias[part] if self.affine else None,
-            self.training or (mean is None and var is None),
+            self.training or not known,
             momentum,
             self.eps,
         )
+        if isinstance(part, Tensor) and self.training and given:
+            mean[part], var[part] = own_mean, own_var  # type: ignore[index, assignment]  # an index copies, a slice does not
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"
@@ -85,6 +115,27 @@ class OctBatchNorm2d(_OctBatchNorm, nn.BatchNorm2d):
 
 class OctBatchNorm3d(_OctBatchNorm, nn.BatchNorm3d):
     """nn.BatchNorm3d over two frequencies; same state dict. alpha: share of low channels."""
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(fc2(relu(fc1(mean of x)))) per channel (Hu et al., arXiv 1709.01507).
+
+    Two frequencies are squeezed together, each channel by its own mean, and excited apart: the linear layers are the
+    vanilla ones. x: [N, C, ...] or Octave of C channels -> the same. mid: width of the squeeze.
+    """
+
+    def __init__(self, channels: int, mid: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, mid)
+        self.fc2 = nn.Linear(mid, channels)
+
+    def forward(self, x: Feature) -> Feature:
+        gate = self.fc2(self.fc1(global_average_pool(x)).relu()).sigmoid()  # [N, C]
+        if not isinstance(x, Octave):
+            return x * gate[(...,) + (None,) * (x.dim() - 2)]
+        gate = gate[(...,) + (None,) * (x.high.dim() - 2)]
+        high, low = gate.split((x.high.shape[1], x.low.shape[1]), dim=1)
+        return Octave(x.high * high, x.low * low)
 
 
 class _OctMaxPool(nn.Module):

@@ -1,27 +1,16 @@
 """torch.export and torch.compile take every configuration: a strict export is one full graph without a break."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from octvideo import build
-from octvideo.models import SlowFastSpec, Spec, StageSpec, create
+from octvideo.models import SlowFastSpec, Spec, create
+
+from .shallow import cut
 
 ROOT = Path(__file__).parents[2]
-
-
-def shallow(spec: Spec) -> Spec:
-    """The same structure with as few blocks a stage as keep a non-local block where there is one."""
-    if isinstance(spec, SlowFastSpec):
-        return replace(spec, slow=shallow(spec.slow), fast=shallow(spec.fast))
-
-    def fewer(stage: StageSpec) -> StageSpec:
-        blocks, after = (2, (1,)) if stage.nonlocal_after else (1, ())
-        return replace(stage, temporal_kernels=stage.temporal_kernels[:blocks], nonlocal_after=after)
-
-    return replace(spec, stages=tuple(fewer(stage) for stage in spec.stages))
 
 
 def networks() -> dict[str, Spec]:
@@ -37,18 +26,23 @@ NETWORKS = networks()
 def check_export(spec: Spec) -> None:
     torch.manual_seed(0)
     model = create(spec).eval()
-    clip = torch.randn(1, 3, 16 if isinstance(spec, SlowFastSpec) else 4, 32, 32)
+    frames = (16,) if isinstance(spec, SlowFastSpec) else (4,) if spec.dims == 3 else ()
+    clip = torch.randn(1, 3, *frames, 32, 32)
     exported = torch.export.export(model, (clip,), strict=True).module()
     with torch.inference_mode():
         torch.testing.assert_close(exported(clip), model(clip), rtol=1e-5, atol=1e-6)
 
 
-QUICK = ["oct_i3d_r50_8x8_a0.2", "oct_i3d_nl_r50_8x8_a0.1", "oct_slowfast_r50_4x16_a0.2"]
+QUICK = [
+    *(f"kinetics400/oct_{name}" for name in ("i3d_r50_8x8_a0.2", "i3d_nl_r50_8x8_a0.1", "slowfast_r50_4x16_a0.2")),
+    *(f"imagenet/oct_{name}" for name in ("se_resnet152_v1e_a0.125", "densenet121_a0.25", "mobilenet_v2_1.0_a0.375")),
+    "imagenet/oct_resnet50_glore_a0.5",
+]
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_octave_structures_export_strictly_and_give_the_same_numbers(name: str) -> None:
-    check_export(shallow(NETWORKS[f"kinetics400/{name}"]))
+    check_export(cut(NETWORKS[name], keep=1))
 
 
 @pytest.mark.slow

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from octvideo.models import NETWORKS, ResNet, create, with_octave
+from octvideo.models import NETWORKS, ResNet, SlowFastSpec, create, with_octave, with_pool_padding
 from octvideo.octave import OctConv3d
 
 POOLS = [(1, 2, 2), (2, 2, 2)]
 
 
-def build(name: str, alpha: float = 0.0, pool: tuple[int, ...] = (1, 2, 2), **fields: int) -> ResNet:
+def build(name: str, alpha: float = 0.0, pool: tuple[int, ...] = (1, 2, 2), pool_padding: int = 1) -> ResNet:
     torch.manual_seed(0)
-    return ResNet(with_octave(NETWORKS[name](8, **fields), alpha, pool=pool)).eval()
+    return ResNet(with_octave(with_pool_padding(NETWORKS[name](8), pool_padding), alpha, pool=pool)).eval()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -18,9 +18,17 @@ def build(name: str, alpha: float = 0.0, pool: tuple[int, ...] = (1, 2, 2), **fi
 @pytest.mark.parametrize("pool", POOLS)
 def test_state_dict_is_the_vanilla_twin_s(name: str, alpha: float, pool: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        octave_spec = with_octave(NETWORKS[name](8), alpha, pool=pool)
+        vanilla_spec = NETWORKS[name](8)
+        images = not isinstance(vanilla_spec, SlowFastSpec) and vanilla_spec.dims == 2
+        if images and pool != (1, 2, 2):
+            return
+        octave_spec = with_octave(vanilla_spec, alpha, pool=(2, 2) if images else pool)
         if "_nl_" in name and alpha == 1.0:
             with pytest.raises(ValueError, match="no high channels to query from"):
+                create(octave_spec)
+            return
+        if "resnext" in name and alpha == 0.1:
+            with pytest.raises(ValueError, match=r"32 groups do not divide the split of in 116 \+ 12"):
                 create(octave_spec)
             return
         vanilla, octave = create(NETWORKS[name](8)).state_dict(), create(octave_spec).state_dict()
@@ -77,30 +85,6 @@ def test_any_size_runs_forward_and_backward(
 def test_octave_of_every_stage_pools_both_frequencies_in_the_head() -> None:
     spec = with_octave(NETWORKS["i3d_tiny"](8), 0.25, ratios=[0.25] * 4)
     assert ResNet(spec)(torch.randn(2, 3, 8, 64, 64)).shape == (2, 8)
-
-
-def test_octave_equals_vanilla_on_inputs_without_high_frequencies() -> None:
-    """On a constant clip every pooling and upsampling is the identity; away from borders only the padding differs.
-
-    With 1x1x1 networks nothing is padded, so a C2D whose 3x3 kernels are zero outside their centre must agree.
-    """
-    torch.manual_seed(0)
-    vanilla = ResNet(NETWORKS["c2d_tiny"](8)).eval()
-    for module in vanilla.modules():
-        if isinstance(module, nn.Conv3d):
-            centre = torch.zeros_like(module.weight)
-            t, h, w = (k // 2 for k in module.kernel_size)
-            centre[:, :, t, h, w] = module.weight.data[:, :, t, h, w]
-            module.weight.data = centre
-        if isinstance(module, nn.BatchNorm3d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -1, 1)
-    clip = torch.randn(2, 3, 1, 1, 1).expand(2, 3, 8, 64, 64)
-    expected = vanilla(clip)
-    for alpha in (0.25, 0.5, 1.0):
-        octave = ResNet(with_octave(NETWORKS["c2d_tiny"](8), alpha, pool=(2, 2, 2))).eval()
-        octave.load_state_dict(vanilla.state_dict())
-        torch.testing.assert_close(octave(clip), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_c2d_cannot_tell_a_clip_from_its_reverse() -> None:

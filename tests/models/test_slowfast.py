@@ -5,10 +5,10 @@ import torch
 
 from octvideo.models import NETWORKS, create, feature_sizes, with_octave
 from octvideo.models.slowfast import pyslowfast_frames, strided_frames
-from octvideo.models.spec import NetSpec
+from octvideo.models.spec import ResNetSpec
 
 
-def one_block_each(net: NetSpec) -> NetSpec:
+def one_block_each(net: ResNetSpec) -> ResNetSpec:
     return replace(net, stages=tuple(replace(s, temporal_kernels=s.temporal_kernels[:1]) for s in net.stages))
 
 

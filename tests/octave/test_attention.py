@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from octvideo.octave import NonLocal, Octave
+from octvideo.octave import GlobalReasoning, NonLocal, Octave
 
 
 def randomized(alpha: float, form: str = "softmax", pool: tuple[int, ...] = (1, 2, 2)) -> NonLocal:
@@ -89,3 +89,29 @@ def test_errors() -> None:
         NonLocal(16, 8, alpha=1.0)
     with pytest.raises(ValueError, match="12 \\+ 4 channels"):
         NonLocal(16, 8, alpha=0.25)(torch.randn(1, 16, 2, 4, 4))
+
+
+def test_global_reasoning_against_numpy() -> None:
+    """X + out(GCN(X_state X_proj^T) X_proj) of arXiv 1811.12814, with the norm at rest."""
+    torch.manual_seed(0)
+    unit = GlobalReasoning(8, 3).eval()
+    nn.init.ones_(unit.bn.weight)
+    x = torch.randn(2, 8, 4, 5)
+    w = {name: value.double().numpy() for name, value in unit.state_dict().items()}
+    flat = x.double().flatten(2).numpy()
+    state = np.einsum("sc,ncp->nsp", w["state.weight"][:, :, 0, 0], flat) + w["state.bias"][:, None]
+    projection = np.einsum("gc,ncp->ngp", w["projection.weight"][:, :, 0, 0], flat) + w["projection.bias"][:, None]
+    nodes = np.einsum("nsp,ngp->nsg", state, projection)
+    mixed = np.einsum("gh,nsh->nsg", w["node_mix.weight"][:, :, 0], nodes) + w["node_mix.bias"] + nodes
+    reasoned = np.einsum("st,ntg->nsg", w["state_mix.weight"][:, :, 0], np.maximum(mixed, 0))
+    back = np.einsum("nsg,ngp->nsp", reasoned, projection)
+    out = np.einsum("cs,nsp->ncp", w["out.weight"][:, :, 0, 0], back) / np.sqrt(1 + 1e-5)
+    expected = (flat + out).reshape(x.shape)
+    np.testing.assert_allclose(unit(x).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_global_reasoning_unit_changes_nothing() -> None:
+    torch.manual_seed(0)
+    x = Octave(torch.randn(2, 6, 5, 7), torch.randn(2, 2, 3, 4))
+    y = GlobalReasoning(8, 4, alpha=0.25)(x)
+    assert torch.equal(y.high, x.high) and torch.equal(y.low, x.low)

@@ -1048,3 +1048,24 @@ def test_export_keeps_the_numbers() -> None:
     x = torch.randn(2, 4, 7, 6)
     program = torch.export.export(module, (x,))
     torch.testing.assert_close(program.module()(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_concatenation_keeps_the_columns_of_the_weight_in_the_vanilla_order() -> None:
+    parts, order = ((5, 0), (1, 3), (2, 1)), [0, 1, 2, 3, 4, 5, 9, 10, 6, 7, 8, 11]
+    layer = OctConv2d(12, 6, 3, padding=1, in_parts=parts, alpha_out=0.5)
+    plain = OctConv2d(12, 6, 3, padding=1, alpha_in=4 / 12, alpha_out=0.5)
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight[:, order])
+        plain.bias.copy_(layer.bias)
+    x = Octave(torch.randn(2, 8, 7, 9), torch.randn(2, 4, 4, 5))
+    got, expected = layer(x), plain(x)
+    torch.testing.assert_close(got.high, expected.high)
+    torch.testing.assert_close(got.low, expected.low)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+def test_a_concatenation_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"in_parts \(\(3, 1\),\) do not add up to 5 channels"):
+        OctConv2d(5, 4, 1, in_parts=((3, 1),))
+    with pytest.raises(ValueError, match="2 groups over a concatenation .* give 1 group or one part"):
+        OctConv2d(8, 8, 1, groups=2, in_parts=((2, 2), (2, 2)), alpha_out=0.5)

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octvideo.octave import Feature, Octave, OctBatchNorm2d, OctBatchNorm3d, OctMaxPool2d, OctMaxPool3d, lift
+from octvideo.octave import (
+    Feature,
+    Octave,
+    OctBatchNorm2d,
+    OctBatchNorm3d,
+    OctMaxPool2d,
+    OctMaxPool3d,
+    SqueezeExcite,
+    lift,
+)
 from octvideo.octave.feature import low_size
 
 from . import reference
@@ -363,3 +372,49 @@ def test_max_pool_describes_itself() -> None:
     text = repr(OctMaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1), pool=(2, 2, 2)))
     for part in ("kernel_size=(1, 3, 3)", "stride=(1, 2, 2)", "padding=(0, 1, 1)", "pool=(2, 2, 2)"):
         assert part in text
+
+
+def parts_case() -> tuple[tuple[tuple[int, int], ...], list[int]]:
+    """Three parts of 5, 4 and 3 channels, and where [highs..., lows...] stand in their vanilla concatenation."""
+    return ((5, 0), (1, 3), (2, 1)), [0, 1, 2, 3, 4, 5, 9, 10, 6, 7, 8, 11]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_over_a_concatenation_keeps_its_vectors_in_the_vanilla_order(training: bool) -> None:
+    parts, order = parts_case()
+    norm, plain = OctBatchNorm2d(12, parts=parts).train(training), OctBatchNorm2d(12, alpha=4 / 12).train(training)
+    for value in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(value)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    plain.load_state_dict({k: v[order] if v.dim() else v for k, v in norm.state_dict().items()})
+    x = Octave(torch.randn(3, 8, 6, 6), torch.randn(3, 4, 3, 3))
+    got, expected = norm(x), plain(x)
+    torch.testing.assert_close(got.high, expected.high)
+    torch.testing.assert_close(got.low, expected.low)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(norm, name)[order], getattr(plain, name))
+    assert norm.num_batches_tracked == (1 if training else 0)
+    assert set(norm.state_dict()) == set(nn.BatchNorm2d(12).state_dict())
+
+
+def test_parts_that_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match=r"parts \(\(3, 1\),\) do not add up to 5 channels"):
+        OctBatchNorm2d(5, parts=((3, 1),))
+
+
+@pytest.mark.parametrize("low", [0, 3])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_squeeze_excite_against_numpy(low: int, dims: int) -> None:
+    torch.manual_seed(0)
+    layer = SqueezeExcite(8, 2)
+    high_map, low_map = torch.randn(2, 8 - low, *[4] * dims), torch.randn(2, low, *[2] * dims)
+    got = layer(Octave(high_map, low_map) if low else high_map)
+    w1, b1, w2, b2 = (p.detach().numpy() for p in (layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias))
+    pooled = np.concatenate(
+        [m.flatten(2).numpy().mean(2) if m.numel() else m.numpy().reshape(2, 0) for m in (high_map, low_map)], 1
+    )
+    gate = 1 / (1 + np.exp(-(np.maximum(pooled @ w1.T + b1, 0) @ w2.T + b2)))
+    gate = gate.reshape(2, 8, *[1] * dims)
+    high_got, low_got = got if low else (got, low_map)
+    np.testing.assert_allclose(high_got.detach().numpy(), high_map.numpy() * gate[:, : 8 - low], rtol=1e-5)
+    np.testing.assert_allclose(low_got.detach().numpy(), low_map.numpy() * gate[:, 8 - low :], rtol=1e-5)
