@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,23 +24,42 @@ import octvideo
 from octvideo import config
 from octvideo.analysis.complexity import Complexity, complexity
 from octvideo.config import ConfigError
-from octvideo.data import dataset, loader, transforms
+from octvideo.data import dataset, images, loader, transforms
 from octvideo.data.dataset import EvalDataset, TrainDataset, VideoList
 from octvideo.data.decode import BACKENDS
-from octvideo.data.sampling import POLICIES
+from octvideo.data.images import ImageEvalDataset, ImageTrainDataset
+from octvideo.data.sampling import POLICIES, seeded_generator
 from octvideo.engine import checkpoint, optim
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
 from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.log import Log
 from octvideo.engine.train import Progress, fit
-from octvideo.models import NETWORKS, SlowFastSpec, Spec, create, feature_sizes, with_octave
+from octvideo.models import (
+    NETWORKS,
+    ResNetSpec,
+    SlowFastSpec,
+    Spec,
+    create,
+    feature_sizes,
+    with_octave,
+    with_pool_padding,
+)
+
+
+def _is_image_network(spec: Spec) -> bool:
+    return not isinstance(spec, SlowFastSpec) and spec.dims == 2
+
+
+IMAGE_NETWORKS = frozenset(name for name, describe in NETWORKS.items() if _is_image_network(describe()))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """A file and KEY VALUE overrides -> a checked configuration. Raises ConfigError listing every problem at once."""
     cfg, problems = config.read(path, overrides)
-    problems += config.check(cfg, networks=NETWORKS, decoders=BACKENDS, policies=POLICIES)
+    problems += config.check(
+        cfg, networks=NETWORKS, image_networks=IMAGE_NETWORKS, decoders=BACKENDS, policies=POLICIES
+    )
     if not problems:
         problems += _shape_problems(cfg)
     if problems:
@@ -52,24 +72,30 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
     try:
         spec = network_spec(cfg)
     except ValueError as error:
-        return [f"OCTAVE: {error}"]
+        return [f"{cfg.MODEL.NAME}: {error}"]
     for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
         try:
-            feature_sizes(spec, (cfg.DATA.NUM_FRAMES, crop, crop))
+            feature_sizes(spec, clip_size(cfg, crop)[1:])
         except ValueError as error:
-            problems.append(f"{key} is {crop} with DATA.NUM_FRAMES {cfg.DATA.NUM_FRAMES}: {error}")
+            frames = "" if takes_images(cfg) else f" with DATA.NUM_FRAMES {cfg.DATA.NUM_FRAMES}"
+            problems.append(f"{key} is {crop}{frames}: {error}")
     return problems
 
 
+def takes_images(cfg: CfgNode) -> bool:
+    """Does the network take images?"""
+    return cfg.MODEL.NAME in IMAGE_NETWORKS
+
+
 def network_spec(cfg: CfgNode) -> Spec:
-    spec = NETWORKS[cfg.MODEL.NAME](
-        cfg.MODEL.NUM_CLASSES, dropout=cfg.MODEL.DROPOUT, pool_padding=cfg.MODEL.POOL_PADDING
-    )
+    spec = NETWORKS[cfg.MODEL.NAME](cfg.MODEL.NUM_CLASSES, dropout=cfg.MODEL.DROPOUT)
+    spec = with_pool_padding(spec, cfg.MODEL.POOL_PADDING)
     if isinstance(spec, SlowFastSpec):
         spec = replace(spec, slow_frames=cfg.DATA.POLICY)
-    else:
+    elif isinstance(spec, ResNetSpec):
         spec = replace(spec, nonlocal_form=cfg.MODEL.NONLOCAL_FORM)
-    return with_octave(spec, cfg.OCTAVE.ALPHA, pool=cfg.OCTAVE.POOL, ratios=cfg.OCTAVE.RATIOS)
+    pool = cfg.OCTAVE.POOL[1:] if takes_images(cfg) else cfg.OCTAVE.POOL
+    return with_octave(spec, cfg.OCTAVE.ALPHA, pool=pool, ratios=cfg.OCTAVE.RATIOS)
 
 
 def network(cfg: CfgNode) -> nn.Module:
@@ -85,13 +111,15 @@ def cost(cfg: CfgNode, crop: int) -> Complexity:
     return complexity(model, clip_size(cfg, crop))
 
 
-def clip_size(cfg: CfgNode, crop: int) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of a clip."""
-    return (3, cfg.DATA.NUM_FRAMES, crop, crop)
+def clip_size(cfg: CfgNode, crop: int) -> tuple[int, ...]:
+    """(C, T, H, W) of a clip, (C, H, W) of an image."""
+    return (3, crop, crop) if takes_images(cfg) else (3, cfg.DATA.NUM_FRAMES, crop, crop)
 
 
 def memory_format(cfg: CfgNode) -> torch.memory_format:
-    return torch.channels_last_3d if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
+    if not cfg.MODEL.CHANNELS_LAST:
+        return torch.contiguous_format
+    return torch.channels_last if takes_images(cfg) else torch.channels_last_3d
 
 
 def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
@@ -117,7 +145,9 @@ def use_threads(cfg: CfgNode, world: World) -> None:
 
 
 def video_list(cfg: CfgNode, path: str, *, training: bool) -> VideoList:
-    return dataset.read_list(
+    """The videos, or images, of a list (or of a folder of images)."""
+    read = images.read_images if takes_images(cfg) else dataset.read_list
+    return read(
         path,
         prefix=cfg.DATA.PREFIX,
         separator=cfg.DATA.SEPARATOR,
@@ -131,7 +161,26 @@ def test_list(cfg: CfgNode) -> VideoList:
 
 
 def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.device) -> DataLoader:
-    clips = TrainDataset(
+    try:
+        batches = loader.TrainBatches(
+            len(videos), global_batch=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED, rank=world.rank, world_size=world.size
+        )
+    except ValueError as error:
+        raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}", [str(error)]) from None
+    return _loader(cfg, _train_samples(cfg, videos), batches, device)
+
+
+def _train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainDataset:
+    if takes_images(cfg):
+        return ImageTrainDataset(
+            videos,
+            crop=cfg.DATA.TRAIN_CROP,
+            crop_area=tuple(cfg.DATA.TRAIN_AREA),
+            interpolation=cfg.DATA.INTERPOLATION,
+            flip=cfg.DATA.FLIP,
+            seed=cfg.SEED,
+        )
+    return TrainDataset(
         videos,
         num_frames=cfg.DATA.NUM_FRAMES,
         sampling_rate=cfg.DATA.SAMPLING_RATE,
@@ -143,19 +192,25 @@ def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.de
         decoder=cfg.DATA.DECODER,
         seed=cfg.SEED,
     )
-    try:
-        batches = loader.TrainBatches(
-            len(videos), global_batch=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED, rank=world.rank, world_size=world.size
-        )
-    except ValueError as error:
-        raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}", [str(error)]) from None
-    return _loader(cfg, clips, batches, device)
 
 
 def eval_loader(
     cfg: CfgNode, videos: VideoList, world: World, device: torch.device, *, num_clips: int, num_crops: int
 ) -> DataLoader:
-    views = EvalDataset(
+    videos_per_batch = max(1, cfg.TEST.BATCH_SIZE // (num_clips * num_crops))
+    batches = loader.EvalBatches(len(videos), batch_size=videos_per_batch, rank=world.rank, world_size=world.size)
+    return _loader(cfg, _eval_samples(cfg, videos, num_clips, num_crops), batches, device)
+
+
+def _eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int) -> EvalDataset | ImageEvalDataset:
+    if takes_images(cfg):
+        return ImageEvalDataset(
+            videos,
+            short_side=cfg.DATA.TEST_SHORT_SIDE,
+            crop=cfg.DATA.TEST_CROP,
+            interpolation=cfg.DATA.INTERPOLATION,
+        )
+    return EvalDataset(
         videos,
         num_frames=cfg.DATA.NUM_FRAMES,
         sampling_rate=cfg.DATA.SAMPLING_RATE,
@@ -167,9 +222,6 @@ def eval_loader(
         crop=cfg.DATA.TEST_CROP,
         decoder=cfg.DATA.DECODER,
     )
-    videos_per_batch = max(1, cfg.TEST.BATCH_SIZE // (num_clips * num_crops))
-    batches = loader.EvalBatches(len(videos), batch_size=videos_per_batch, rank=world.rank, world_size=world.size)
-    return _loader(cfg, views, batches, device)
 
 
 def _loader(cfg: CfgNode, clips: Any, batches: Any, device: torch.device) -> DataLoader:
@@ -194,6 +246,20 @@ def learning_rate(cfg: CfgNode) -> Callable[[float], float]:
         warmup_epochs=cfg.SOLVER.WARMUP_EPOCHS,
         warmup_lr=cfg.SOLVER.WARMUP_LR * scale,
     )
+
+
+def mix(cfg: CfgNode, world: World) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """(clips, labels, step) -> (clips, targets), mixed as TRAIN.MIXUP says; other draws on each rank and step."""
+
+    def mixed(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        if not cfg.TRAIN.MIXUP:
+            return clips, labels
+        generator = seeded_generator("mixup", cfg.SEED, step, world.rank)
+        return transforms.mixup(
+            clips, labels, num_classes=cfg.MODEL.NUM_CLASSES, alpha=cfg.TRAIN.MIXUP, generator=generator
+        )
+
+    return mixed
 
 
 def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
@@ -254,6 +320,8 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         epochs=cfg.TRAIN.EPOCHS,
         lr_at=learning_rate(cfg),
         prepare=prepare_clips(cfg),
+        mix=mix(cfg, world),
+        loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
         device=device,
         world=world,
         log=log,
@@ -441,14 +509,15 @@ def _announce(
     batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg)
     clip = cost(cfg, cfg.DATA.TRAIN_CROP)
     octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {tuple(cfg.OCTAVE.POOL)}" if cfg.OCTAVE.ALPHA else "vanilla"
-    _, frames, crop, _ = clip.input
+    kind, unit = ("images", "images") if takes_images(cfg) else ("videos", "clips")
     log.say(
         f"{cfg.MODEL.NAME} ({octave}): {clip.params / 1e6:.3f} M parameters, "
         f"{clip.macs.total / 1e9:.3f} G multiply-adds"
     )
     log.say(
-        f"{videos} videos in batches of {batch} clips ({batch // world.size} on each of {world.size} process(es), "
-        f"{device.type}), {frames} x {crop} x {crop}: {steps} steps an epoch, {steps * cfg.TRAIN.EPOCHS} in all"
+        f"{videos} {kind} in batches of {batch} {unit} ({batch // world.size} on each of {world.size} process(es), "
+        f"{device.type}), {' x '.join(map(str, clip.input[1:]))}: {steps} steps an epoch, "
+        f"{steps * cfg.TRAIN.EPOCHS} in all"
     )
     log.say(
         f"learning rate {cfg.SOLVER.BASE_LR:g} at {cfg.SOLVER.BASE_BATCH} clips -> "

@@ -39,17 +39,18 @@ def defaults() -> CfgNode:
     cfg.MODEL.POOL_PADDING = 1  # of the stem's max-pool: 1 (PySlowFast, pytorchvideo) or 0 (the paper's counts)
 
     cfg.MODEL.CHANNELS_LAST = (
-        False  # channels_last_3d memory: faster for small networks on CPUs and in half precision on GPUs
+        False  # channels_last memory: faster for small networks on CPUs and in half precision on GPUs
     )
     cfg.MODEL.NONLOCAL_FORM = "softmax"  # softmax or dot_product, in networks with non-local blocks
 
     cfg.OCTAVE = CfgNode()
     cfg.OCTAVE.ALPHA = 0.0  # share of low-frequency channels, 0 to 1; 0 is the vanilla network
-    cfg.OCTAVE.POOL = [1, 2, 2]  # factor between the frequencies in T, H, W: [1, 2, 2] or [2, 2, 2]
+    cfg.OCTAVE.POOL = [1, 2, 2]  # factor between the frequencies in T, H, W: [1, 2, 2] or [2, 2, 2]; images have no T
     cfg.OCTAVE.RATIOS = []  # alpha of each stage; [] is [ALPHA, ..., ALPHA, 0], the paper's
 
+    # Image networks read images; what counts frames, and the short side and decoder of videos, is not theirs.
     cfg.DATA = CfgNode()
-    cfg.DATA.TRAIN_LIST = ""  # file of lines `path label`
+    cfg.DATA.TRAIN_LIST = ""  # file of lines `path label`; for images also a folder with one folder per class
     cfg.DATA.VAL_LIST = ""  # the same, for validation after epochs
     cfg.DATA.TEST_LIST = ""  # the same, for the final test; empty: VAL_LIST
     cfg.DATA.PREFIX = ""  # put before every relative path of the lists
@@ -61,6 +62,8 @@ def defaults() -> CfgNode:
     cfg.DATA.POLICY = "strided"  # a name in octvideo.data.sampling.POLICIES; SlowFast's slow frames follow it too
     cfg.DATA.TRAIN_SHORT_SIDE = [256, 320]  # pixels, [lowest, highest]; drawn for each training clip
     cfg.DATA.TRAIN_CROP = 224  # pixels, square
+    cfg.DATA.TRAIN_AREA = [0.08, 1.0]  # images: share of the image that a training crop covers, [lowest, highest]
+    cfg.DATA.INTERPOLATION = "bilinear"  # images: bilinear or bicubic
     cfg.DATA.FLIP = True  # mirror half of the training clips; off where left and right are classes
     cfg.DATA.TEST_SHORT_SIDE = 256  # pixels, validation and test
     cfg.DATA.TEST_CROP = 256  # pixels, square, at most TEST_SHORT_SIDE
@@ -77,15 +80,19 @@ def defaults() -> CfgNode:
     cfg.TRAIN.CHECKPOINT_PERIOD = 1  # epochs between checkpoints; the last epoch always leaves one
     cfg.TRAIN.KEEP_CHECKPOINTS = 3  # newest ones kept, >= 1
     cfg.TRAIN.RESUME = "none"  # none (refuses a folder with checkpoints), auto (newest whole one, else start) or a file
-    cfg.TRAIN.INIT = ""  # checkpoint of octvideo to take weights from; its alpha may differ
+    cfg.TRAIN.INIT = (
+        ""  # checkpoint of octvideo to take weights from (of others: tools/inflate.py); its alpha may differ
+    )
     cfg.TRAIN.NEW_HEAD = False  # with INIT: the classifier starts anew (fine-tuning on other classes)
+    cfg.TRAIN.LABEL_SMOOTHING = 0.0  # share of the target spread over all classes, 0 to below 1
+    cfg.TRAIN.MIXUP = 0.0  # alpha of the Beta distribution that mixes pairs of clips and labels; 0: none
     cfg.TRAIN.LOG_PERIOD = 10  # steps between training lines in metrics.jsonl
 
     cfg.TEST = CfgNode()
     cfg.TEST.ENABLE = True  # test after training, or alone with TRAIN.ENABLE False
     cfg.TEST.CHECKPOINT = ""  # weights to test; empty: the newest checkpoint in OUTPUT_DIR
-    cfg.TEST.CLIPS = 10  # clips in time per video
-    cfg.TEST.CROPS = 3  # crops in space per clip: 1 (centre) or 3 (along the longer side)
+    cfg.TEST.CLIPS = 10  # clips in time per video; images: 1
+    cfg.TEST.CROPS = 3  # crops in space per clip: 1 (centre) or 3 (along the longer side); images: 1
     cfg.TEST.BATCH_SIZE = 32  # clips per forward pass and process, in validation too
 
     cfg.SOLVER = CfgNode()
@@ -120,9 +127,20 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list
     return cfg, problems
 
 
-def check(cfg: CfgNode, *, networks: Iterable[str], decoders: Iterable[str], policies: Iterable[str]) -> list[str]:
-    """Every problem among the values, each with the value and the legal ones. Changes nothing."""
+def check(
+    cfg: CfgNode,
+    *,
+    networks: Iterable[str],
+    image_networks: Iterable[str],
+    decoders: Iterable[str],
+    policies: Iterable[str],
+) -> list[str]:
+    """Every problem among the values, each with the value and the legal ones. Changes nothing.
+
+    image_networks: those of `networks` that take images.
+    """
     problems: list[str] = []
+    images = cfg.MODEL.NAME in image_networks
 
     def require(good: bool, key: str, allowed: str) -> None:
         if not good:
@@ -142,12 +160,13 @@ def check(cfg: CfgNode, *, networks: Iterable[str], decoders: Iterable[str], pol
     one_of("MODEL.NAME", networks)
     one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
     one_of("SOLVER.SCHEDULE", ["cosine", "steps"])
+    one_of("DATA.INTERPOLATION", ["bilinear", "bicubic"])
     one_of("DATA.DECODER", ["auto", *decoders])
     one_of("DATA.POLICY", policies)
     require(bool(cfg.OUTPUT_DIR), "OUTPUT_DIR", "a folder, e.g. OUTPUT_DIR runs/first")
     at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
-    at_least(0, "SOLVER.WEIGHT_DECAY_NORM")
+    at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
@@ -162,10 +181,13 @@ def check(cfg: CfgNode, *, networks: Iterable[str], decoders: Iterable[str], pol
         numbers = all(isinstance(v, int | float) for v in _get(cfg, key))
         require(numbers and len(_get(cfg, key)) == 3, key, "three numbers")
     require(all(isinstance(v, int | float) and v > 0 for v in cfg.DATA.STD), "DATA.STD", "numbers above 0")
+    area = list(cfg.DATA.TRAIN_AREA)
+    shares = len(area) == 2 and all(isinstance(a, int | float) for a in area) and 0 < area[0] <= area[1] <= 1
+    require(shares, "DATA.TRAIN_AREA", "[lowest, highest], above 0 to 1")
     short_side = list(cfg.DATA.TRAIN_SHORT_SIDE)
     ordered = len(short_side) == 2 and all(isinstance(s, int) for s in short_side) and short_side[0] <= short_side[1]
     require(ordered, "DATA.TRAIN_SHORT_SIDE", "[lowest, highest] in pixels")
-    if ordered:
+    if ordered and not images:
         require(short_side[0] >= cfg.DATA.TRAIN_CROP, "DATA.TRAIN_CROP", f"at most TRAIN_SHORT_SIDE's {short_side[0]}")
     require(
         cfg.DATA.TEST_CROP <= cfg.DATA.TEST_SHORT_SIDE,
@@ -173,6 +195,13 @@ def check(cfg: CfgNode, *, networks: Iterable[str], decoders: Iterable[str], pol
         f"at most TEST_SHORT_SIDE's {cfg.DATA.TEST_SHORT_SIDE}",
     )
     require(cfg.TEST.CROPS in (1, 3), "TEST.CROPS", "1, 3")
+    if images:
+        for key in ("TEST.CLIPS", "TEST.CROPS"):
+            require(_get(cfg, key) == 1, key, f"1 for images, which {cfg.MODEL.NAME} takes")
+        require(
+            list(cfg.OCTAVE.POOL) == [1, 2, 2], "OCTAVE.POOL", f"[1, 2, 2] for images, which {cfg.MODEL.NAME} takes"
+        )
+    require(0 <= cfg.TRAIN.LABEL_SMOOTHING < 1, "TRAIN.LABEL_SMOOTHING", "0 to below 1")
     require(0 <= cfg.SOLVER.MOMENTUM < 1, "SOLVER.MOMENTUM", "0 to below 1")
     require(not cfg.SOLVER.NESTEROV or cfg.SOLVER.MOMENTUM > 0, "SOLVER.NESTEROV", "False where MOMENTUM is 0")
     require(

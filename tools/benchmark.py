@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
 
@@ -67,6 +68,8 @@ def in_turn(entries: Sequence[Timed], rounds: int) -> None:
 
 def benchmark_data(options: argparse.Namespace) -> None:
     cfg = build.load_config(options.cfg, options.overrides)
+    if build.takes_images(cfg):
+        raise BenchmarkError(f"{cfg.MODEL.NAME} takes images, which have no decoders to compare; name a video network")
     videos = build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=False)
     if len(videos) < cfg.TRAIN.BATCH_SIZE:
         raise BenchmarkError(f"{len(videos)} videos are fewer than TRAIN.BATCH_SIZE, {cfg.TRAIN.BATCH_SIZE}")
@@ -107,7 +110,7 @@ def benchmark_model(options: argparse.Namespace) -> None:
     device = device_of(cfg.DEVICE, World())
     torch.set_num_threads(options.threads)
     print(
-        f"{cfg.DATA.NUM_FRAMES} x {cfg.DATA.TRAIN_CROP} x {cfg.DATA.TRAIN_CROP}, batch {options.batch}, "
+        f"{' x '.join(map(str, build.clip_size(cfg, cfg.DATA.TRAIN_CROP)[1:]))}, batch {options.batch}, "
         f"{options.rounds} rounds in turn, {device.type}, {options.threads} thread(s), torch {torch.__version__}"
     )
     macs = [build.cost(c, c.DATA.TRAIN_CROP).macs.total for c in (other, cfg)]
@@ -141,7 +144,7 @@ def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callabl
 
     def step() -> int:
         if mode == "training step":
-            train_step(model, optimizer, clips, labels, lr=1e-4)
+            train_step(model, optimizer, clips, labels, lr=1e-4, loss=F.cross_entropy)
         else:
             with torch.inference_mode():
                 model(clips)

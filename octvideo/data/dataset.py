@@ -170,7 +170,7 @@ def _classes_without_video(videos: VideoList, num_classes: int) -> list[tuple[in
 class Sample(NamedTuple):
     """What a dataset gives for one video."""
 
-    clips: Tensor  # uint8 [V, C, T, H, W], contiguous, owning exactly its bytes; [0] when decoding failed
+    clips: Tensor  # uint8 [V, C, (T,) H, W], contiguous, owning exactly its bytes; [0] when decoding failed
     label: int
     video: int  # index into the list
     error: str  # "" when fine, else LIST:LINE: PATH: reason; remedy
@@ -179,7 +179,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Samples put together. Failed ones are not in the first three; what to do about them is for the caller."""
 
-    clips: Tensor  # uint8 [N, V, C, T, H, W]
+    clips: Tensor  # uint8 [N, V, C, (T,) H, W]
     labels: Tensor  # int64 [N]
     videos: Tensor  # int64 [N], indices into the list
     errors: list[str]  # [M]
@@ -249,7 +249,7 @@ class TrainDataset(Dataset[Sample]):
                 )
                 frames, order = _scaled_frames(video, indices, random_short_side(*self.short_side, generator))
         except DecodeError as error:
-            return _failed(self.videos, index, error)
+            return failed_sample(self.videos, index, error)
         frames = random_crop(frames, self.crop, generator)
         if self.flip:
             frames = random_flip(frames, generator)
@@ -302,7 +302,7 @@ class EvalDataset(Dataset[Sample]):
                 )
                 frames, order = _scaled_frames(video, indices, self.short_side)
         except DecodeError as error:
-            return _failed(self.videos, index, error)
+            return failed_sample(self.videos, index, error)
         clips = torch.empty(self.num_clips, self.num_crops, 3, self.num_frames, self.crop, self.crop, dtype=torch.uint8)
         for place, crop in enumerate(uniform_crops(frames, self.crop, self.num_crops)):
             planes = to_clip(crop)  # [C, U, H, W], U different frames
@@ -318,7 +318,8 @@ def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tens
     return (torch.cat(parts) if len(parts) > 1 else parts[0]), order
 
 
-def _failed(videos: VideoList, index: int, error: DecodeError) -> Sample:
+def failed_sample(videos: VideoList, index: int, error: DecodeError) -> Sample:
+    """What a dataset gives for a file that cannot be decoded."""
     text = f"{videos.place(index)}: {error}"
     return Sample(torch.empty(0, dtype=torch.uint8), videos.label(index), index, text)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from octvideo.data.dataset import EvalDataset, TrainDataset, collate
+from octvideo.data.dataset import Sample, collate
 from octvideo.data.sampling import seeded_generator
 
 
 class TrainBatches:
-    """A batch sampler of (epoch, index) keys for TrainDataset.
+    """A batch sampler of (epoch, index) keys for a training dataset.
 
     Step s of an epoch takes global_batch entries of a permutation that follows from (seed, epoch), and rank r the
     r-th of `world_size` equal parts of them, so the clips of a step are the same at any world size:
@@ -60,7 +60,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """A batch sampler of indices for EvalDataset: over all ranks every index exactly once, nothing padded.
+    """A batch sampler of indices for an evaluation dataset: over all ranks every index exactly once, nothing padded.
 
     Ranks take every world_size-th index. They may have different numbers of batches, or none.
     """
@@ -80,7 +80,7 @@ class EvalBatches:
 
 
 def make_loader(
-    dataset: TrainDataset | EvalDataset,
+    dataset: Dataset[Sample],
     batches: TrainBatches | EvalBatches,
     *,
     num_workers: int,

@@ -1,10 +1,11 @@
-"""Pure functions on decoded frames: uint8 [T, H, W, C], the decoder's layout, in and out.
+"""Pure functions on decoded frames: uint8 [T, H, W, C], the decoder's layout, in and out; and on batches of clips.
 
 Sizes are in pixels. Randomness comes from the Generator that is handed in, and from nowhere else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,30 @@ def random_crop(frames: Tensor, size: int, generator: Generator) -> Tensor:
     return frames[:, top : top + size, left : left + size]
 
 
+def random_resized_box(
+    height: int, width: int, *, area: tuple[float, float], aspect: tuple[float, float], generator: Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random box in an image of height x width, to be resized to one size.
+
+    Its share of the image is uniform in `area` = (low, high), its W / H log-uniform in `aspect`, its place uniform.
+    If ten draws do not fit: the largest box in the middle whose W / H is the image's, held to `aspect`. (The recipe
+    of Inception: Szegedy et al., arXiv 1409.4842, section 6.)
+    """
+    low, high = map(math.log, aspect)
+    for _ in range(10):
+        share, lean = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        pixels = height * width * (area[0] + share * (area[1] - area[0]))
+        ratio = math.exp(low + lean * (high - low))
+        h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            top = int(torch.randint(height - h + 1, (), generator=generator))
+            left = int(torch.randint(width - w + 1, (), generator=generator))
+            return top, left, h, w
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
 def uniform_crops(frames: Tensor, size: int, num_crops: int) -> list[Tensor]:
     """`num_crops` times [T, size, size, C]: 1 is the centre, 3 are both ends and the centre of the longer side."""
     height, width = _fitting(frames, size)
@@ -69,16 +94,42 @@ def to_clip(frames: Tensor) -> Tensor:
 
 
 def normalize(clips: Tensor, mean: float | Sequence[float], std: float | Sequence[float]) -> Tensor:
-    """uint8 [..., C, T, H, W] -> float (x / 255 - mean) / std, where the clips are. One value, or one per channel."""
+    """uint8 [N, C, ...] -> float (x / 255 - mean) / std, where the clips are. One value, or one per channel."""
     shift, scale = (_per_channel(name, value, clips) for name, value in (("mean", mean), ("std", std)))
     return clips.to(torch.float32, copy=True).div_(255).sub_(shift).div_(scale)
 
 
 def _per_channel(name: str, value: float | Sequence[float], clips: Tensor) -> Tensor:
-    values = torch.as_tensor(value, dtype=torch.float32, device=clips.device).reshape(-1, 1, 1, 1)
-    if len(values) not in (1, clips.shape[-4]):
-        raise ValueError(f"{name} has {len(values)} values; give 1, or {clips.shape[-4]}: one per channel")
-    return values
+    values = torch.as_tensor(value, dtype=torch.float32, device=clips.device).flatten()
+    if len(values) not in (1, clips.shape[1]):
+        raise ValueError(f"{name} has {len(values)} values; give 1, or {clips.shape[1]}: one per channel")
+    return values.reshape(-1, *[1] * (clips.ndim - 2))
+
+
+def mixup(
+    clips: Tensor, labels: Tensor, *, num_classes: int, alpha: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Blend each clip, and its target, with another one of the batch (Zhang et al., arXiv 1710.09412).
+
+    Float clips [N, C, ...] and labels int64 [N] -> clips of the same shape, targets float32 [N, K], both new and where
+    the clips are. One weight for the batch, from Beta(alpha, alpha). `generator` is one of the CPU.
+    Errors: ValueError for alpha <= 0.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; it must be positive (leave mixup out instead of giving 0)")
+    weight = _beta(alpha, generator)
+    other = torch.randperm(len(clips), generator=generator).to(clips.device)
+    targets = F.one_hot(labels, num_classes).float()
+    return clips.lerp(clips[other], 1 - weight), targets.lerp(targets[other], 1 - weight)
+
+
+def _beta(alpha: float, generator: Generator) -> float:
+    """A number from Beta(alpha, alpha): x / (x + y) of two numbers from Gamma(alpha). torch's takes no Generator."""
+    # Gamma(alpha) = Gamma(alpha + 1) * U ** (1 / alpha). As logarithms, because at a small alpha x and y underflow.
+    gamma = torch._standard_gamma(torch.full((2,), alpha + 1, dtype=torch.float64), generator=generator)
+    uniform = torch.rand(2, generator=generator, dtype=torch.float64)
+    x, y = gamma.log() + torch.log1p(-uniform) / alpha
+    return float(torch.sigmoid(x - y))
 
 
 def _fitting(frames: Tensor, size: int) -> tuple[int, int]:

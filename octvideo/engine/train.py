@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octvideo.engine.distributed import World, all_reduce
@@ -22,8 +21,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on; the message says at which step and why."""
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
 class ClipBatch(Protocol):
-    """What the loop reads of a batch: clips [N, V, C, T, H, W] uint8, labels [N], errors of clips left out."""
+    """What the loop reads of a batch: clips [N, V, C, (T,) H, W] uint8, labels [N], errors of clips left out."""
 
     clips: Tensor
     labels: Tensor
@@ -47,16 +49,16 @@ class Progress:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, labels: Tensor, lr: float
+    model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, targets: Tensor, lr: float, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """One SGD step on normalized clips [N, C, T, H, W] and labels [N] -> mean loss, number correct."""
+    """One SGD step on normalized clips [N, C, (T,) H, W] and targets, labels [N] or shares [N, K] -> loss, logits."""
     set_lr(optimizer, lr)
     logits = model(clips)
-    loss = F.cross_entropy(logits, labels)
+    value = loss(logits, targets)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    value.backward()
     optimizer.step()
-    return loss.detach(), topk_correct(logits.detach(), labels, 1).sum()
+    return value.detach(), logits.detach()
 
 
 def fit(
@@ -68,6 +70,8 @@ def fit(
     epochs: int,
     lr_at: Callable[[float], float],
     prepare: Callable[[Tensor], Tensor],
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    loss: Loss,
     device: torch.device,
     world: World,
     log: Log,
@@ -77,6 +81,7 @@ def fit(
     """Train from `progress` to `epochs`, updating `progress`.
 
     lr_at: epochs done, with fractions -> learning rate. prepare: uint8 clips on the device -> network input.
+    mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
     after_epoch: called with the epoch's numbers when progress has moved on (validation, checkpoint).
     Raises TrainingError for a clip that cannot be decoded or a loss that is not finite.
     """
@@ -94,9 +99,10 @@ def fit(
                 clips = prepare(batch.clips.flatten(0, 1).to(device, non_blocking=True))
                 labels = batch.labels.to(device, non_blocking=True)
                 lr = lr_at(epoch + index / steps)
-                loss, correct = train_step(model, optimizer, clips, labels, lr)
+                clips, targets = mix(clips, labels, progress.step)
+                value, logits = train_step(model, optimizer, clips, targets, lr, loss)
                 progress.step += 1
-                meter.add(loss, correct, len(labels))
+                meter.add(value, topk_correct(logits, labels, 1).sum(), len(labels))
                 if progress.step % log_period == 0 or index + 1 == steps:
                     values = {"epoch": epoch + (index + 1) / steps, "lr": lr, **meter.since_last()}
                     _require_finite(values["loss"], progress.step)

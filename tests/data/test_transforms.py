@@ -1,3 +1,6 @@
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,12 @@ from torch import Tensor
 
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import (
+    _beta,
+    mixup,
     normalize,
     random_crop,
     random_flip,
+    random_resized_box,
     random_short_side,
     scale_short_side,
     scaled_size,
@@ -166,13 +172,141 @@ def test_normalize_per_channel_and_by_one_value() -> None:
     assert out[1, :, 3, 4, 5].tolist() == pytest.approx([0, 0.2, 2])
     single = normalize(clips, 0.45, 0.225)
     assert single[0, :, 0, 0, 0].tolist() == pytest.approx([-2, -0.25 / 0.225, 0.55 / 0.225], rel=1e-6)
-    views = normalize(torch.zeros(2, 3, 3, 1, 2, 2, dtype=torch.uint8), 0.45, 0.225)  # [N, V, C, T, H, W]
-    assert views.shape == (2, 3, 3, 1, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5, 6), (2, 3, 4, 5, 6), (2, 3, 2, 2, 2, 2)])
+def test_channels_are_the_second_dimension(shape: tuple[int, ...]) -> None:
+    """Of batches of images [N, C, H, W] as of clips [N, C, T, H, W]."""
+    clips = torch.full(shape, 51, dtype=torch.uint8)
+    out = normalize(clips, [0.0, 0.1, 0.2], [1.0, 0.5, 0.25])
+    assert out.shape == shape
+    for channel, value in enumerate((0.2, 0.2, 0.0)):
+        torch.testing.assert_close(out[:, channel], torch.full_like(out[:, channel], value), rtol=0, atol=1e-7)
 
 
 def test_normalize_leaves_its_input_alone_and_checks_channels() -> None:
-    clips = torch.full((3, 1, 2, 2), 10.0)
+    clips = torch.full((1, 3, 1, 2, 2), 10.0)
     normalize(clips, 0.45, 0.225)
     assert (clips == 10).all()
     with pytest.raises(ValueError, match="mean has 2 values; give 1, or 3: one per channel"):
         normalize(clips, [0.4, 0.5], 0.225)
+
+
+# ---- random boxes
+
+RECIPE: dict[str, Any] = {"area": (0.08, 1.0), "aspect": (3 / 4, 4 / 3)}
+
+
+def test_boxes_have_the_shares_ratios_and_places_asked_for() -> None:
+    generator = seeded_generator(0)
+    boxes = np.array([random_resized_box(4000, 4000, **RECIPE, generator=generator) for _ in range(4000)])
+    top, left, height, width = boxes.T
+    assert min(top.min(), left.min()) >= 0
+    assert max((top + height).max(), (left + width).max()) <= 4000
+    shares, ratios = height * width / 4000**2, width / height
+    assert 0.0799 < shares.min() < 0.085
+    assert 0.96 < shares.max() <= 1.0001
+    assert 0.7499 < ratios.min() < 0.755
+    assert 1.325 < ratios.max() < 1.3335
+    small = shares < 0.5  # they always fit, so here the draws are seen as they were made
+    assert shares[small].mean() == pytest.approx((0.08 + 0.5) / 2, abs=0.01)
+    assert np.log(ratios[small]).mean() == pytest.approx(0, abs=0.012)
+    assert np.log(ratios[small]).std() == pytest.approx(2 * math.log(4 / 3) / math.sqrt(12), rel=0.04)
+    for start, length in ((top, height), (left, width)):  # uniform over all places: mean 1/2, variance 1/12
+        place = start[small] / (4000 - length[small])
+        assert place.mean() == pytest.approx(0.5, abs=0.02)
+        assert place.var() == pytest.approx(1 / 12, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((10, 200), (0, 93, 10, 13)),  # 13.3 = 10 * 4/3
+        ((200, 10), (93, 0, 13, 10)),
+        ((1, 1000), (0, 499, 1, 1)),
+        ((1, 1), (0, 0, 1, 1)),
+    ],
+)
+def test_images_that_no_draw_fits_give_the_largest_box_in_the_middle(
+    size: tuple[int, int], expected: tuple[int, int, int, int]
+) -> None:
+    box = random_resized_box(*size, area=(1.0, 1.0), aspect=RECIPE["aspect"], generator=seeded_generator(0))
+    assert box == expected
+
+
+def test_the_whole_image_where_its_ratio_is_allowed() -> None:
+    """The draws ask for more than the image has, so that each of them fails."""
+    box = random_resized_box(300, 330, area=(1.5, 2.0), aspect=RECIPE["aspect"], generator=seeded_generator(0))
+    assert box == (0, 0, 300, 330)
+
+
+def test_boxes_follow_from_the_generator_alone() -> None:
+    def boxes(seed: int) -> list[tuple[int, ...]]:
+        generator = seeded_generator(seed)
+        return [random_resized_box(300, 400, **RECIPE, generator=generator) for _ in range(20)]
+
+    before = torch.get_rng_state()
+    assert boxes(3) == boxes(3)
+    assert len(set(boxes(3) + boxes(4))) == 40
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- mixup
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5), (6, 3, 2, 4, 5)])
+def test_mixup_against_numpy(shape: tuple[int, ...]) -> None:
+    clips = torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    labels = torch.tensor([4, 0, 1, 3, 2, 4])
+    kept = clips.clone(), labels.clone()
+    mixed, targets = mixup(clips, labels, num_classes=5, alpha=0.4, generator=seeded_generator(1))
+    assert torch.equal(clips, kept[0])
+    assert torch.equal(labels, kept[1])
+    generator = seeded_generator(1)
+    weight = _beta(0.4, generator)
+    other = torch.randperm(6, generator=generator).numpy()
+    x, onehot = clips.double().numpy(), np.eye(5)[labels.numpy()]
+    assert 0.01 < weight < 0.99
+    np.testing.assert_allclose(mixed, weight * x + (1 - weight) * x[other], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(targets, weight * onehot + (1 - weight) * onehot[other], rtol=0, atol=1e-6)
+    assert (mixed.dtype, targets.dtype, targets.shape) == (torch.float32, torch.float32, (6, 5))
+
+
+def test_mixup_follows_from_the_generator_alone_and_keeps_the_memory_format() -> None:
+    clips = torch.arange(9 * 3 * 2 * 2.0).reshape(9, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+
+    def mix(seed: int) -> Tensor:
+        return mixup(clips, torch.arange(9), num_classes=9, alpha=1, generator=seeded_generator(seed))[0]
+
+    before = torch.get_rng_state()
+    assert torch.equal(mix(0), mix(0))
+    assert len({tuple(mix(seed).flatten().tolist()) for seed in range(20)}) == 20
+    assert mix(0).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_the_weight_is_a_beta_variate(alpha: float) -> None:
+    """Mean 1/2, variance 1 / (4 (2 alpha + 1)), and the fourth central moment."""
+    generator = seeded_generator(0)
+    weights = np.array([_beta(alpha, generator) for _ in range(8000)])
+    assert 0 <= weights.min() <= weights.max() <= 1
+    variance = 1 / (4 * (2 * alpha + 1))
+    kurtosis = 3 - 6 / (2 * alpha + 3)
+    assert weights.mean() == pytest.approx(0.5, abs=4 * math.sqrt(variance / 8000))
+    assert weights.var() == pytest.approx(variance, rel=0.05)
+    assert ((weights - 0.5) ** 4).mean() == pytest.approx(kurtosis * variance**2, rel=0.08)
+
+
+def test_a_tiny_alpha_leaves_clips_as_they_are_and_a_huge_one_blends_evenly() -> None:
+    generator = seeded_generator(0)
+    tiny = np.array([_beta(1e-4, generator) for _ in range(200)])
+    assert np.minimum(tiny, 1 - tiny).mean() < 0.01
+    assert 0.35 < tiny.mean() < 0.65
+    assert _beta(1e6, generator) == pytest.approx(0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan])
+def test_mixup_wants_a_positive_alpha(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha is (0.0|-1.0|nan); it must be positive \(leave mixup out"):
+        mixup(torch.zeros(2, 3), torch.tensor([0, 1]), num_classes=2, alpha=alpha, generator=seeded_generator(0))

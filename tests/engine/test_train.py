@@ -18,11 +18,11 @@ def test_train_step_is_sgd_on_the_mean_cross_entropy() -> None:
     weight = net.weight.detach().clone().requires_grad_()
     loss = F.cross_entropy(x @ weight.T + net.bias.detach(), y)
     (gradient,) = torch.autograd.grad(loss, weight)
-    expected = (x @ weight.T + net.bias.detach()).argmax(1) == y
-    got, correct = train_step(net, torch.optim.SGD(net.parameters(), lr=99.0), x, y, lr=0.5)
+    expected = (x @ weight.T + net.bias).detach()
+    got, logits = train_step(net, torch.optim.SGD(net.parameters(), lr=99.0), x, y, lr=0.5, loss=F.cross_entropy)
     torch.testing.assert_close(net.weight, weight - 0.5 * gradient)
     assert got.item() == pytest.approx(loss.item())
-    assert correct == expected.sum()
+    torch.testing.assert_close(logits, expected)
 
 
 @dataclass
@@ -57,7 +57,11 @@ def batch(value: float = 1.0) -> Batch:
     return Batch(torch.full((4, 1, 3, 1, 1, 1), value), torch.tensor([0, 1, 0, 1]))
 
 
-def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3) -> tuple[list[dict], list[float]]:
+def keep(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    return clips, labels
+
+
+def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3, mix=keep) -> tuple[list[dict], list[float]]:
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     ended, rates = [], []
 
@@ -73,6 +77,8 @@ def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3) -> tuple[
         epochs=epochs,
         lr_at=lr_at,
         prepare=lambda clips: clips,
+        mix=mix,
+        loss=F.cross_entropy,
         device=CPU,
         world=World(),
         log=Log(tmp_path, main=True, step=progress.step),
@@ -108,3 +114,17 @@ def test_a_clip_that_cannot_be_decoded_stops_the_run_with_its_reason(tmp_path) -
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
     with pytest.raises(TrainingError, match="the loss is nan near step 2; lower SOLVER.BASE_LR"):
         run(Loader(batch(), batch(float("nan"))), Progress(), tmp_path)
+
+
+def test_targets_may_be_shares_of_mixed_labels_while_top_1_counts_the_labels(tmp_path) -> None:
+    steps = []
+
+    def mix(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        steps.append(step)
+        return clips, 0.75 * F.one_hot(labels, 2) + 0.25 * F.one_hot(1 - labels, 2)
+
+    ended, _ = run(Loader(batch()), Progress(), tmp_path, epochs=40, mix=mix)
+    assert steps == list(range(40))
+    # the clips are all alike and the mixed shares even, so the network ends where both classes are equally likely
+    assert ended[-1]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert ended[-1]["top1"] in {0.0, 50.0}

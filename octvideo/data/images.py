@@ -1,0 +1,287 @@
+"""Images for the 2D networks: the list or folder, the reading of a file, and the way to a clip without frames."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from octvideo.data.dataset import ListError, Sample, VideoList, failed_sample, read_list
+from octvideo.data.decode import DecodeError
+from octvideo.data.sampling import seeded_generator
+from octvideo.data.transforms import random_flip, random_resized_box, scaled_size, uniform_crops
+
+ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "ppm", "tif", "tiff")
+# Named, because of the formats that Pillow tries by itself one (EPS) starts a program. Endings do not decide: there
+# is a PNG among the .JPEG files of ImageNet.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+# EXIF orientation -> what makes the picture upright; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# What Pillow raises for damaged files: besides OSError, whatever its parsers run into.
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+
+
+def read_images(
+    path: str,
+    *,
+    num_classes: int,
+    prefix: str = "",
+    separator: str = " ",
+    require_all_classes: bool = False,
+    check_files: bool = True,
+    max_problems: int = 20,
+) -> VideoList:
+    """Read a list of lines `path label`, as `read_list` does, or a folder with one folder per class (ImageNet).
+
+    Of a folder, the classes are its folders in sorted order (0, 1, ...), their images all files at any depth, sorted;
+    hidden files and *.txt are skipped. `prefix`, `separator` and `check_files` are for lists only.
+    Errors: ListError naming all problems at once, up to `max_problems`.
+    """
+    if Path(path).is_dir():
+        return _read_folder(path, num_classes, require_all_classes, max_problems)
+    return read_list(
+        path,
+        num_classes=num_classes,
+        prefix=prefix,
+        separator=separator,
+        require_all_classes=require_all_classes,
+        check_files=check_files,
+        max_problems=max_problems,
+    )
+
+
+def _read_folder(path: str, num_classes: int, require_all_classes: bool, max_problems: int) -> VideoList:
+    names, ends, labels = bytearray(), array("q"), array("q")
+    try:
+        folders, strays = _listing(path)
+        if len(folders) != num_classes:  # said at once: the wrong folder may be a long walk
+            text = f"{len(folders)} class folders, but MODEL.NUM_CLASSES is {num_classes}"
+            raise ListError(f"{path}: {text}; correct the number or the path")
+        problems = [f"{path}/{name}: lies in no class folder; move it into one" for name in strays]
+        for label, folder in enumerate(folders):
+            first = len(labels)
+            for name in sorted(_files(path, folder)):
+                problem = _problem(name)
+                if problem:
+                    problems.append(f"{path}/{name}: {problem}")
+                    continue
+                names += name.encode()
+                ends.append(len(names))
+                labels.append(label)
+            if require_all_classes and len(labels) == first:
+                problems.append(f"{path}/{folder}: no image of class {label}; add some or remove the folder")
+    except OSError as error:
+        raise ListError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+    if not labels and not problems:
+        raise ListError(f"{path}: no image in any class folder; check the path")
+    if problems:
+        more = [f"... and {len(problems) - max_problems} more"] if len(problems) > max_problems else []
+        head = f"{len(problems)} problem(s) in the folder {path}"
+        # A name that is no UTF-8 cannot be printed as it is.
+        text = "\n".join([head, *problems[:max_problems], *more]).encode(errors="backslashreplace").decode()
+        raise ListError(text)
+    lines = np.arange(1, len(labels) + 1, dtype=np.int32)
+    return VideoList(path, path, bytes(names), np.array(ends, np.int64), np.array(labels, np.int64), lines)
+
+
+def _problem(name: str) -> str:
+    """What is wrong with the name of a file; "" if nothing is."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    if name.rpartition(".")[2].lower() not in ENDINGS:
+        return f"no image by its name; move it away, or save it as one of: {', '.join(ENDINGS)}"
+    return ""
+
+
+def _files(root: str, folder: str) -> Iterator[str]:
+    """The files in a folder of `root` and below it, as paths from `root`."""
+    folders, files = _listing(f"{root}/{folder}")
+    yield from (f"{folder}/{name}" for name in files)
+    for name in folders:
+        yield from _files(root, f"{folder}/{name}")
+
+
+def _listing(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder, sorted, without hidden ones and *.txt."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:  # it knows what is a folder without a look at each file
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif not entry.name.lower().endswith(".txt"):
+                files.append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file as RGB of 8 bits, upright.
+
+    Turned as its EXIF orientation says; opacity is dropped; of several frames it is the first. The file is closed.
+    Errors: DecodeError for a file that is missing, damaged, of another format than FORMATS, or of more pixels than
+    PIL.Image.MAX_IMAGE_PIXELS.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            # Pillow itself only warns up to twice the limit.
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+            rgb = _rgb(image)
+            turn = _turn(image)
+    except FileNotFoundError as error:
+        raise DecodeError(f"{path}: no such file; check the list and its prefix") from error
+    except UnidentifiedImageError as error:
+        raise DecodeError(f"{path}: is no {', '.join(FORMATS)} image; fetch or save it again") from error
+    except BOMB as error:
+        reason = f"more pixels than PIL.Image.MAX_IMAGE_PIXELS {Image.MAX_IMAGE_PIXELS} ({error})"
+        raise DecodeError(f"{path}: {reason}; scale it down") from error
+    except DAMAGE as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DecodeError(f"{path}: cannot be read ({reason}); fetch or save it again") from error
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of no known range")
+    if image.mode.startswith("I"):
+        # The high byte of 16 bits, which is what Pillow reads of 16 bit colour. Its conversion of grey cuts off at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P":  # by way of RGBA, or Pillow warns of palettes with opacity
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:  # to the EXIF data, which says nothing against the picture
+        return None
+
+
+@dataclass(eq=False)
+class ImageTrainDataset(Dataset[Sample]):
+    """One random view of an image: `dataset[(epoch, index)]`, clips uint8 [V = 1, C, H, W].
+
+    A random box (see transforms.random_resized_box: `crop_area` as shares of the image, `aspect` as W / H) resized to
+    `crop` x `crop` with Pillow's `interpolation`, "bilinear" or "bicubic", which averages when shrinking; mirrored in
+    every second view with `flip`. All of it follows from (seed, epoch, index) alone.
+    """
+
+    images: VideoList
+    _: KW_ONLY
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop: int
+    flip: bool
+    interpolation: str = "bilinear"
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check(self)
+        for name, limit in (("crop_area", 1.0), ("aspect", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= limit:
+                bound = f" <= {limit:g}" if limit < math.inf else ""
+                raise ValueError(f"{name} is {(low, high)}; give (low, high) with 0 < low <= high{bound}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        generator = seeded_generator("clip", self.seed, epoch, index)
+        try:
+            image = read_image(self.images.path(index))
+        except DecodeError as error:
+            return failed_sample(self.images, index, error)
+        top, left, height, width = random_resized_box(
+            image.height, image.width, area=self.crop_area, aspect=self.aspect, generator=generator
+        )
+        part = image.crop((left, top, left + width, top + height))
+        frames = _frames(part.resize((self.crop, self.crop), INTERPOLATION[self.interpolation]))
+        if self.flip:
+            frames = random_flip(frames, generator)
+        return Sample(_views(frames), self.images.label(index), index, "")
+
+
+@dataclass(eq=False)
+class ImageEvalDataset(Dataset[Sample]):
+    """The central view of an image: `dataset[index]`, clips uint8 [V = 1, C, H, W].
+
+    The short side is resized to `short_side` with Pillow's `interpolation`, "bilinear" or "bicubic", which averages
+    when shrinking; the view is the `crop` x `crop` in the middle.
+    """
+
+    images: VideoList
+    _: KW_ONLY
+    short_side: int
+    crop: int
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.crop > self.short_side:
+            text = f"crop {self.crop} does not fit into short_side {self.short_side}"
+            raise ValueError(f"{text}; lower it or raise the short side")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image = read_image(self.images.path(index))
+        except DecodeError as error:
+            return failed_sample(self.images, index, error)
+        height, width = scaled_size(image.height, image.width, self.short_side)
+        if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:  # a strip of one pixel grows most
+            reason = f"{image.width}x{image.height} would grow to {width}x{height}; cut it to a usual shape"
+            return failed_sample(self.images, index, DecodeError(f"{self.images.path(index)}: {reason}"))
+        frames = _frames(image.resize((width, height), INTERPOLATION[self.interpolation]))
+        (centre,) = uniform_crops(frames, self.crop, 1)
+        return Sample(_views(centre), self.images.label(index), index, "")
+
+
+def _frames(image: Image.Image) -> Tensor:
+    """[1, H, W, C], as the functions for videos want it."""
+    return torch.from_numpy(np.array(image))[None]
+
+
+def _views(frames: Tensor) -> Tensor:
+    """[1, H, W, C] -> contiguous [V = 1, C, H, W] that owns its memory."""
+    return frames.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _check(dataset: ImageTrainDataset | ImageEvalDataset) -> None:
+    """What is wrong with the arguments is said before the first sample, not in a worker."""
+    if dataset.interpolation not in INTERPOLATION:
+        choices = ", ".join(INTERPOLATION)
+        raise ValueError(f"interpolation is {dataset.interpolation!r}; choose one of: {choices}")
+    if dataset.crop < 1:
+        raise ValueError(f"crop is {dataset.crop}; it must be at least 1")
