@@ -71,6 +71,8 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
     problems = []
     try:
         spec = network_spec(cfg)
+        with torch.device("meta"):
+            create(spec)  # some splits of channels no layer can have: a ResNeXt's groups do not divide each alpha's
     except ValueError as error:
         return [f"{cfg.MODEL.NAME}: {error}"]
     for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
@@ -360,7 +362,8 @@ def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
         log.event("test", state["step"], _accuracy(result))
         log.say(
             f"test of {path.name}: top-1 {report['top1']:.2f} %, top-5 {report['top5']:.2f} %, "
-            f"{report['videos_scored']} of {report['videos_listed']} videos scored with {report['views']} views each, "
+            f"{report['videos_scored']} of {report['videos_listed']} "
+            f"{'images' if takes_images(cfg) else 'videos'} scored with {report['views']} view(s) each, "
             f"{report['macs'] / 1e9:.3f} G multiply-adds, {report['params'] / 1e6:.3f} M parameters"
         )
         for video, reason in result.failed:
@@ -508,7 +511,8 @@ def _announce(
     """Print the derived numbers where they are derived."""
     batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg)
     clip = cost(cfg, cfg.DATA.TRAIN_CROP)
-    octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {tuple(cfg.OCTAVE.POOL)}" if cfg.OCTAVE.ALPHA else "vanilla"
+    pool = tuple(cfg.OCTAVE.POOL[1:] if takes_images(cfg) else cfg.OCTAVE.POOL)
+    octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {pool}" if cfg.OCTAVE.ALPHA else "vanilla"
     kind, unit = ("images", "images") if takes_images(cfg) else ("videos", "clips")
     log.say(
         f"{cfg.MODEL.NAME} ({octave}): {clip.params / 1e6:.3f} M parameters, "

@@ -57,6 +57,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
+def save_weights(path: Path, weights: dict[str, torch.Tensor], **notes: Any) -> None:
+    """Write weights as a checkpoint at step 0, to start from (TRAIN.INIT) or to test; notes: plain values beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"format": FORMAT, "step": 0, "epoch": 0, "model": weights, **notes}
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
 def found(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob("checkpoint_*.pt") if _NAME.fullmatch(path.name))

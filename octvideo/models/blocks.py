@@ -25,6 +25,7 @@ from octvideo.octave import (
     OctMaxPool3d,
     Parts,
     SqueezeExcite,
+    channel_order,
     global_average_pool,
     lift,
     split_channels,
@@ -214,16 +215,23 @@ class Head(nn.Module):
     """Mean over whatever space and time is left -> dropout -> linear; features [N, C, ...] or Octave -> [N, K].
 
     Several features (pathways) are pooled apart and their channels put behind one another. A network whose last
-    stage is octave pools each frequency; the channel order is the vanilla one.
+    stage is octave pools each frequency; the channel order is the vanilla one. parts: of a feature that is a
+    concatenation.
     """
 
-    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
+    places: Tensor | None
+
+    def __init__(self, channels: int, num_classes: int, dropout: float, parts: Parts | None = None) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
+        order = channel_order(parts) if parts else None
+        self.register_buffer("places", None if order is None else order.argsort(), persistent=False)
 
     def forward(self, *features: Feature) -> Tensor:
         pooled = torch.cat([global_average_pool(x) for x in features], dim=1)
+        if self.places is not None:
+            pooled = pooled[:, self.places]
         return self.fc(self.dropout(pooled))
 
 

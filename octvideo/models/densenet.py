@@ -68,7 +68,7 @@ class DenseNet(nn.Module):
         self.transitions = nn.ModuleDict(transitions)
         self.tail_bn = norm(spec, parts)
         self.relu = nn.ReLU(inplace=True)
-        self.head = Head(channels_of(parts), spec.num_classes, spec.dropout)
+        self.head = Head(channels_of(parts), spec.num_classes, spec.dropout, parts)
         initialize(list(self.modules()))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""Agreement with pytorchvideo's own networks, weight for weight. Needs tests/peers.txt (see CONTRIBUTING)."""
+"""Agreement with pytorchvideo's and torchvision's networks, weight for weight. Needs tests/peers.txt."""
 
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from octvideo.models import NETWORKS, create
+from octvideo.models.zoo import resnet2d
 from octvideo.octave import NonLocal
+from octvideo.weights.names import from_octvideo
 
 MISSING = [name for name in ("torchvision", "pytorchvideo") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -31,41 +35,11 @@ def importable_torchvision() -> torch.library.Library:
     return library
 
 
-def their_name(name: str, time_pool: bool) -> str:
-    """Our name in a ResNet -> pytorchvideo's. time_pool: its pool behind res2 counts as a block."""
-    name = name.replace("stem.conv", "blocks.0.conv").replace("stem.bn", "blocks.0.norm")
-    last = 6 if time_pool else 5
-    name = name.replace("head.fc", f"blocks.{last}.proj")
-
-    def in_stage(match: re.Match[str]) -> str:
-        stage, block, layer = int(match[1]), match[2], match[3]
-        index = stage - 1 + (time_pool and stage > 2)
-        branch = {"projection": "branch1_conv", "projection_bn": "branch1_norm"}.get(layer)
-        if branch is None:
-            kind, number = re.fullmatch(r"(conv|bn)(\d)", layer).groups()
-            branch = f"branch2.{'conv' if kind == 'conv' else 'norm'}_{'abc'[int(number) - 1]}"
-        return f"blocks.{index}.res_blocks.{block}.{branch}"
-
-    return re.sub(r"stages\.res(\d)\.(\d+)\.(\w+)", in_stage, name)
-
-
-def their_slowfast_name(name: str) -> str:
-    for number, pathway in enumerate(("slow", "fast")):
-        if name.startswith(f"{pathway}."):
-            single = their_name(name.removeprefix(f"{pathway}."), time_pool=False)
-            return re.sub(r"^blocks\.(\d)\.", rf"blocks.\1.multipathway_blocks.{number}.", single)
-    if name.startswith("laterals."):
-        _, place, layer, rest = name.split(".", 3)
-        index = 0 if place == "stem" else int(place[-1]) - 1
-        return f"blocks.{index}.multipathway_fusion.{'conv_fast_to_slow' if layer == 'conv' else 'norm'}.{rest}"
-    return name.replace("head.fc", "blocks.6.proj")
-
-
 def randomize(model: nn.Module) -> None:
     """Weights under which every layer matters: the zero gammas of a fresh network would hide most of them."""
     torch.manual_seed(1)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm3d):
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.normal_(module.bias, std=0.1)
             nn.init.normal_(module.running_mean, std=0.1)
@@ -74,10 +48,14 @@ def randomize(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=0.05)
 
 
-def check_logits(ours: nn.Module, theirs: nn.Module, rename: Callable[[str], str], clip: torch.Tensor, inputs) -> None:
+Weights = Mapping[str, torch.Tensor]
+
+
+def check_logits(
+    ours: nn.Module, theirs: nn.Module, rename: Callable[[Weights], Weights], clip: torch.Tensor, inputs
+) -> None:
     randomize(ours)
-    renamed = {rename(name): value for name, value in ours.state_dict().items()}
-    theirs.load_state_dict(renamed, strict=True)
+    theirs.load_state_dict(rename(ours.state_dict()), strict=True)
     ours.eval(), theirs.eval()
     with torch.no_grad():
         expected, got = theirs(inputs(clip)), ours(clip)
@@ -109,7 +87,13 @@ def test_resnets(name: str, crop: int) -> None:
         head_pool_kernel_size=(2 if time_pool else 4, crop // 32, crop // 32),
     )
     clip = torch.randn(1, 3, 4, crop, crop, generator=torch.Generator().manual_seed(0))
-    check_logits(create(NETWORKS[name]()), theirs, lambda n: their_name(n, time_pool), clip, lambda x: x)
+    check_logits(
+        create(NETWORKS[name]()),
+        theirs,
+        partial(from_octvideo, layout="pytorchvideo", pool_block=time_pool),
+        clip,
+        lambda x: x,
+    )
 
 
 @pytest.mark.parametrize("crop", [224, 256])
@@ -124,7 +108,13 @@ def test_slowfast(name: str, ratio: int, kernel: int, crop: int) -> None:
         head_pool_kernel_sizes=((2, crop // 32, crop // 32), (frames, crop // 32, crop // 32)),
     )
     clip = torch.randn(1, 3, frames, crop, crop, generator=torch.Generator().manual_seed(0))
-    check_logits(create(NETWORKS[name]()), theirs, their_slowfast_name, clip, lambda x: [x[:, :, ::ratio], x])
+    check_logits(
+        create(NETWORKS[name]()),
+        theirs,
+        partial(from_octvideo, layout="pytorchvideo"),
+        clip,
+        lambda x: [x[:, :, ::ratio], x],
+    )
 
 
 @pytest.mark.parametrize("form", ["softmax", "dot_product"])
@@ -144,3 +134,40 @@ def test_nonlocal_block(form: str) -> None:
     theirs.load_state_dict(weights, strict=True)
     x = torch.randn(2, 16, 4, 14, 14)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def their_image_name(name: str) -> str:
+    """Our name in DenseNet-121 -> torchvision's."""
+    name = name.replace("stem.conv", "features.conv0").replace("stem.bn", "features.norm0")
+    name = name.replace("tail_bn", "features.norm5").replace("head.fc", "classifier")
+
+    def in_block(match: re.Match[str]) -> str:
+        layer = match[3].replace("bn", "norm")
+        return f"features.denseblock{int(match[1]) - 1}.denselayer{int(match[2]) + 1}.{layer}"
+
+    def between(match: re.Match[str]) -> str:
+        return f"features.transition{int(match[1]) - 2}.{match[2].replace('bn', 'norm')}"
+
+    name = re.sub(r"stages\.res(\d)\.(\d+)\.(\w+)", in_block, name)
+    return re.sub(r"transitions\.res(\d)\.(\w+)", between, name)
+
+
+def test_densenet() -> None:
+    from torchvision.models import densenet121
+
+    def renamed(weights: Weights) -> Weights:
+        return {their_image_name(name): value for name, value in weights.items()}
+
+    ours = create(replace(NETWORKS["densenet121"](1000), norm_eps=1e-5))
+    image = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    check_logits(ours, densenet121(), renamed, image, lambda x: x)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_post_activation_image_networks(name: str) -> None:
+    from torchvision import models
+
+    fields = {} if name == "resnet50" else {"groups": 32, "width": 128, "expansion": 2}
+    ours = create(resnet2d(1000, blocks=(3, 4, 6, 3), **fields))
+    image = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    check_logits(ours, getattr(models, name)(), partial(from_octvideo, layout="torchvision"), image, lambda x: x)

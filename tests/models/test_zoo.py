@@ -89,15 +89,16 @@ def test_vanilla_weights_mean_the_same_in_the_octave_network(name: str) -> None:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.uniform_(module.bias, -0.5, 0.5)
     size = input_of(spec)
+    stages = len(spec.slow.stages if isinstance(spec, SlowFastSpec) else spec.stages)
     x = torch.randn(*size[:2], *(1,) * (len(size) - 2), dtype=torch.float64).expand(size)
     with torch.no_grad():
         expected = vanilla(x)
         assert expected.std() > 1e-3
-        for alpha in (0.25, 0.5):
-            octave = create(with_octave(spec, alpha)).eval().double()
+        for ratios in ([0.25] * (stages - 1) + [0.0], [0.5] * stages):
+            octave = create(with_octave(spec, ratios[0], ratios=ratios)).eval().double()
             octave.load_state_dict(vanilla.state_dict())
             difference = (octave(x) - expected).abs().max() / expected.abs().max()
-            assert difference < 1e-9, alpha
+            assert difference < 1e-9, ratios
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n.startswith(("resn", "se_", "dense", "mobile"))])
