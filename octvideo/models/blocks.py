@@ -96,22 +96,22 @@ class Convolutions(nn.Module):
 
 
 class Stem(Convolutions):
-    """[N, 3, (T,) H, W] -> convolutions, then max-pool or bottleneck; vanilla in octave networks (paper, section 4.1)."""
+    """[N, 3, (T,) H, W] -> convolutions, max-pool, bottleneck; vanilla in octave networks (paper, section 4.1)."""
 
     def __init__(self, spec: NetSpec, relu: nn.Module | None = None) -> None:
         stem = spec.stem
         super().__init__(spec, spec.in_channels, stem.convs, relu or nn.ReLU(inplace=True))
-        self.reduce: nn.Module = nn.Identity()
-        if stem.pool:
-            self.reduce = max_pool(spec, stem.pool.kernel, stem.pool.stride, stem.pool.padding)
-        elif stem.bottleneck:
+        self.pool = max_pool(spec, stem.pool.kernel, stem.pool.stride, stem.pool.padding) if stem.pool else None
+        self.bottleneck: nn.Module | None = None
+        if stem.bottleneck:
             assert isinstance(spec, ResNetSpec)
             vanilla = replace(spec, octave_pool=None, preactivation=False)
             self.bottleneck = Bottleneck(vanilla, stem.bottleneck, split(stem.convs[-1].channels, 0.0), first=True)
-            self.reduce = self.bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(super().forward(x))
+        x = super().forward(x)
+        x = x if self.pool is None else self.pool(x)
+        return x if self.bottleneck is None else self.bottleneck(x)
 
 
 class Bottleneck(nn.Module):

@@ -61,7 +61,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class StemSpec:
-    """Convolutions on one frequency, then a max-pool or, in its place, a bottleneck block (or neither).
+    """Convolutions on one frequency, then a max-pool and a bottleneck block, where there are such.
 
     pool.padding: 1 is the padded pool of PySlowFast and pytorchvideo (112 -> 56), 0 the unpadded one that the paper's
     printed counts of video networks need (112 -> 55).

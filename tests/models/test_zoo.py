@@ -106,6 +106,8 @@ def test_vanilla_weights_mean_the_same_in_the_octave_network(name: str) -> None:
 def test_image_networks_train_at_odd_sizes(name: str, alpha: float) -> None:
     torch.manual_seed(0)
     net = create(with_octave(cut(NETWORKS[name](5)), alpha)).train()
+    entries = net.state_dict().values()
+    assert len({value.data_ptr() for value in entries}) == len(entries)  # nothing stands in it under two names
     logits = net(torch.randn(2, 3, 71, 53))
     assert logits.shape == (2, 5)
     logits.square().sum().backward()

@@ -7,17 +7,22 @@ import re
 import struct
 import tarfile
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from octvideo.models import NETWORKS, create, with_octave
+from octvideo.octave import OctBatchNorm2d, OctConv2d
 from octvideo.weights.coverage import WeightsError
-from octvideo.weights.mxnet import layout_of, read_params, to_octvideo
+from octvideo.weights.mxnet import Place, gluon_place, layout_of, read_params, symbol_place, to_octvideo
 
+from ..models.shallow import cut
 from . import writer
 
 RNG = np.random.default_rng(0)
@@ -622,3 +627,72 @@ def test_what_a_file_does_not_give_and_what_nobody_takes() -> None:
 def test_an_unknown_layout() -> None:
     with pytest.raises(WeightsError, match=r"unknown layout \(0, 1, ...\); known are OctConv's"):
         to_octvideo({"0": np.zeros(1), "1": np.zeros(1)}, {})
+
+
+SYMBOL = ("resnet26", "resnext50_32x4d", "se_resnet50", "densenet121")
+GLUON = (
+    "resnet50_v1b",
+    "resnet152_v1f",
+    "se_resnet152_v1e",
+    "mobilenet_v1_0.75",
+    "mobilenet_v2_1.125",
+    "resnext50_32x4d_bl",
+)
+
+
+def released(network: nn.Module, place_of: Callable[[str], Place | None]) -> dict[str, np.ndarray]:
+    """A network's weights as the authors' code would have written them, by what each layer says of its channels."""
+    entries = {}
+    modules = dict(network.named_modules())
+    for name, value in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        place = place_of(name)
+        assert place, name
+        template, grid = place
+        if not name.startswith(("stages", "transitions")):  # outside them no frequency is named
+            entries[template.format("")] = value.numpy()
+            continue
+        array, rows, columns, depthwise = split(name, value.numpy(), modules)
+        for r, part in enumerate(np.split(array, [rows])):
+            if len(grid) == 1:
+                cells = {grid[0][0]: array}
+            elif depthwise:
+                cells = {grid[r][r]: part}
+            elif columns is not None:
+                cells = dict(zip(grid[r], np.split(part, [columns], axis=1), strict=True))
+            else:
+                cells = {grid[r][0]: part}
+            entries.update({template.format(path): cell for path, cell in cells.items() if cell.size})
+    return entries
+
+
+def split(name: str, array: np.ndarray, modules: dict[str, nn.Module]) -> tuple[np.ndarray, int, int | None, bool]:
+    """The array in the order of the files, its rows and columns of high frequency, and whether it is depthwise."""
+    module = modules[name.rpartition(".")[0]]
+    if isinstance(module, OctConv2d):
+        array = array if module.in_order is None else array[:, module.in_order]
+        return array, module.out_high, module.in_high // module.groups, module.depthwise
+    if isinstance(module, OctBatchNorm2d):
+        return array if module.order is None else array[module.order], module.high, None, False
+    high = modules[name.split(".se.")[0]].conv3.out_high
+    return array, high if ".fc2." in name else len(array), high if name.endswith("fc1.weight") else None, False
+
+
+@pytest.mark.parametrize("name", [*SYMBOL, *GLUON])
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_every_kind_of_network_there_and_back(name: str, alpha: float) -> None:
+    torch.manual_seed(0)
+    network = create(with_octave(cut(NETWORKS[name](7)), alpha))
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.normal_()
+    stem_convs = sum(key.startswith("stem.conv") for key in network.state_dict())
+    place_of = symbol_place if name in SYMBOL else partial(gluon_place, mobile="mobile" in name, stem_convs=stem_convs)
+    entries = released(network, place_of)
+    assert layout_of(entries) == ("symbol" if name in SYMBOL else "gluon")
+    weights, coverage = to_octvideo(entries, {key: value.shape for key, value in network.state_dict().items()})
+    assert coverage.complete, coverage.table()
+    for key, value in network.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(weights[key], value), key
