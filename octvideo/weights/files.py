@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from octvideo.weights.coverage import WeightsError
 from octvideo.weights.mxnet import GZIP_MAGIC, is_tar, read_params
 from octvideo.weights.mxnet import MAGIC as MXNET_MAGIC
 
-KINDS = "PyTorch (zip or older), Caffe2 pickles of blobs, MXNet .params and tars of one"
+KINDS = "PyTorch (zip or older), safetensors, Caffe2 pickles of blobs, MXNet .params and tars of one"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickle of the magic number 0x1950a86a20f9469cfc6c
 _PICKLE = b"\x80"  # and the protocol, 2 or later
@@ -74,6 +76,8 @@ def read(path: Path) -> Source:
         return Source("mxnet", read_params(path))
     if head.startswith((_ZIP_MAGIC, _LEGACY_TORCH)):
         return _read_torch(path, zipped=head.startswith(_ZIP_MAGIC))
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:  # a JSON header and its length
+        return Source("torch", _without_module(_read_safetensors(path)))
     if head.startswith(_PICKLE):
         return Source("caffe2", _read_caffe2(path))
     begins = f"begins with {head[:16]!r}" if head else "is empty"
@@ -110,6 +114,13 @@ def _read_torch(path: Path, zipped: bool) -> Source:
         return Source("octvideo", _tensors(content["model"], path))
     nested = next((content[key] for key in _NESTS if isinstance(content.get(key), dict)), content)
     return Source("torch", _without_module(_tensors(nested, path)))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({_first_line(error)})") from error
 
 
 def _tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from octvideo.weights import Source, WeightsError, read
 
@@ -55,6 +56,15 @@ class TestTorch:
     )
     def test_state_dicts(self, tmp_path: Path, content: Any, legacy: bool) -> None:
         check_torch(read(saved(tmp_path, content, legacy)))
+
+    @pytest.mark.parametrize("padding", [0, 1, 600])
+    def test_safetensors(self, tmp_path: Path, padding: int) -> None:
+        save_file(WEIGHTS, tmp_path / "weights", metadata={"format": "pt" + "x" * padding})
+        check_torch(read(tmp_path / "weights"))
+        whole = (tmp_path / "weights").read_bytes()
+        for size in range(9, len(whole)):
+            with pytest.raises(WeightsError, match="weights: "):
+                read(write(tmp_path, whole[:size]))
 
     def test_checkpoints_of_ours(self, tmp_path: Path) -> None:
         check_torch(read(saved(tmp_path, {"format": 1, "step": 10, "model": WEIGHTS, "optimizer": {}})), "octvideo")
