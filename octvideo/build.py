@@ -18,21 +18,23 @@ import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 import octvideo
 from octvideo import config
 from octvideo.analysis.complexity import Complexity, complexity
 from octvideo.config import ConfigError
 from octvideo.data import dataset, images, loader, transforms
-from octvideo.data.dataset import EvalDataset, TrainDataset, VideoList
+from octvideo.data.dataset import EvalDataset, Replacing, Sample, TrainDataset, VideoList
 from octvideo.data.decode import BACKENDS
 from octvideo.data.images import ImageEvalDataset, ImageTrainDataset
-from octvideo.data.sampling import POLICIES, seeded_generator
+from octvideo.data.loader import Loader
+from octvideo.data.sampling import POLICIES, SHORT, seeded_generator
 from octvideo.engine import checkpoint, optim
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
 from octvideo.engine.evaluate import Evaluation, evaluate
+from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
 from octvideo.engine.train import Progress, fit
 from octvideo.models import (
@@ -58,7 +60,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """A file and KEY VALUE overrides -> a checked configuration. Raises ConfigError listing every problem at once."""
     cfg, problems = config.read(path, overrides)
     problems += config.check(
-        cfg, networks=NETWORKS, image_networks=IMAGE_NETWORKS, decoders=BACKENDS, policies=POLICIES
+        cfg, networks=NETWORKS, image_networks=IMAGE_NETWORKS, decoders=BACKENDS, policies=POLICIES, shorts=SHORT
     )
     if not problems:
         problems += _shape_problems(cfg)
@@ -162,14 +164,17 @@ def test_list(cfg: CfgNode) -> VideoList:
     return video_list(cfg, cfg.DATA.TEST_LIST or cfg.DATA.VAL_LIST, training=False)
 
 
-def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.device) -> DataLoader:
+def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.device) -> Loader:
     try:
         batches = loader.TrainBatches(
             len(videos), global_batch=cfg.TRAIN.BATCH_SIZE, seed=cfg.SEED, rank=world.rank, world_size=world.size
         )
     except ValueError as error:
         raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}", [str(error)]) from None
-    return _loader(cfg, _train_samples(cfg, videos), batches, device)
+    samples: Dataset[Sample] = _train_samples(cfg, videos)
+    if cfg.DATA.MAX_FAILED_FRACTION:
+        samples = Replacing(samples, cfg.SEED)
+    return _loader(cfg, samples, videos, batches, device)
 
 
 def _train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainDataset:
@@ -188,6 +193,7 @@ def _train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrain
         sampling_rate=cfg.DATA.SAMPLING_RATE,
         target_fps=cfg.DATA.TARGET_FPS,
         policy=cfg.DATA.POLICY,
+        short=cfg.DATA.SHORT or None,
         short_side=tuple(cfg.DATA.TRAIN_SHORT_SIDE),
         crop=cfg.DATA.TRAIN_CROP,
         flip=cfg.DATA.FLIP,
@@ -198,10 +204,10 @@ def _train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrain
 
 def eval_loader(
     cfg: CfgNode, videos: VideoList, world: World, device: torch.device, *, num_clips: int, num_crops: int
-) -> DataLoader:
+) -> Loader:
     videos_per_batch = max(1, cfg.TEST.BATCH_SIZE // (num_clips * num_crops))
     batches = loader.EvalBatches(len(videos), batch_size=videos_per_batch, rank=world.rank, world_size=world.size)
-    return _loader(cfg, _eval_samples(cfg, videos, num_clips, num_crops), batches, device)
+    return _loader(cfg, _eval_samples(cfg, videos, num_clips, num_crops), videos, batches, device)
 
 
 def _eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int) -> EvalDataset | ImageEvalDataset:
@@ -218,6 +224,7 @@ def _eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: in
         sampling_rate=cfg.DATA.SAMPLING_RATE,
         target_fps=cfg.DATA.TARGET_FPS,
         policy=cfg.DATA.POLICY,
+        short=cfg.DATA.SHORT or None,
         num_clips=num_clips,
         num_crops=num_crops,
         short_side=cfg.DATA.TEST_SHORT_SIDE,
@@ -226,10 +233,17 @@ def _eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: in
     )
 
 
-def _loader(cfg: CfgNode, clips: Any, batches: Any, device: torch.device) -> DataLoader:
-    return loader.make_loader(
-        clips,
+def _loader(
+    cfg: CfgNode,
+    samples: Dataset[Sample],
+    videos: VideoList,
+    batches: loader.TrainBatches | loader.EvalBatches,
+    device: torch.device,
+) -> Loader:
+    return Loader(
+        samples,
         batches,
+        path_of=videos.path,
         num_workers=cfg.DATA.NUM_WORKERS,
         timeout_s=cfg.DATA.TIMEOUT_S,
         pin_memory=device.type == "cuda",
@@ -294,6 +308,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         progress = Progress(start["epoch"], start["step"])
         _restore_random_state(start["random"], world)
     log = Log(folder, main=world.main, step=progress.step)
+    allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
     _announce(cfg, log, world, device, len(videos), len(clips), progress)
     if world.main:
         checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
@@ -323,6 +338,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         lr_at=learning_rate(cfg),
         prepare=prepare_clips(cfg),
         mix=mix(cfg, world),
+        failures=FailureBudget(allowed, log, folder / "failed.txt"),
         loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
         device=device,
         world=world,
@@ -358,6 +374,8 @@ def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomic(folder / "test.json", (json.dumps(report, indent=2) + "\n").encode())
+        failed = "".join(f"{entry['path']}\t{entry['reason']}\n" for entry in report["failed"])
+        checkpoint.write_atomic(folder / "test_failed.txt", failed.encode())
         log = Log(folder, main=True)
         log.event("test", state["step"], _accuracy(result))
         log.say(

@@ -60,6 +60,7 @@ def defaults() -> CfgNode:
     cfg.DATA.SAMPLING_RATE = 8  # frames of the video per frame of the clip, >= 1
     cfg.DATA.TARGET_FPS = 30.0  # SAMPLING_RATE counts frames at this rate; 0: at the file's own
     cfg.DATA.POLICY = "strided"  # a name in octvideo.data.sampling.POLICIES; SlowFast's slow frames follow it too
+    cfg.DATA.SHORT = ""  # a name in octvideo.data.sampling.SHORT, for clips longer than the video; empty: POLICY's own
     cfg.DATA.TRAIN_SHORT_SIDE = [256, 320]  # pixels, [lowest, highest]; drawn for each training clip
     cfg.DATA.TRAIN_CROP = 224  # pixels, square
     cfg.DATA.TRAIN_AREA = [0.08, 1.0]  # images: share of the image that a training crop covers, [lowest, highest]
@@ -70,7 +71,10 @@ def defaults() -> CfgNode:
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # RGB, of pixels in 0 to 1
     cfg.DATA.STD = [0.225, 0.225, 0.225]  # RGB, of pixels in 0 to 1
     cfg.DATA.NUM_WORKERS = 2  # decoding processes per training process; 0 decodes in the process itself
-    cfg.DATA.TIMEOUT_S = 120  # seconds until a silent worker ends the run; 0: never
+    cfg.DATA.TIMEOUT_S = 120  # seconds until a silent worker ends the run, naming the file it reads; 0: never
+    cfg.DATA.MAX_FAILED_FRACTION = (
+        0.0  # share of an epoch's training clips that may be replaced when they cannot be decoded
+    )
 
     cfg.TRAIN = CfgNode()
     cfg.TRAIN.ENABLE = True  # train before testing
@@ -134,6 +138,7 @@ def check(
     image_networks: Iterable[str],
     decoders: Iterable[str],
     policies: Iterable[str],
+    shorts: Iterable[str],
 ) -> list[str]:
     """Every problem among the values, each with the value and the legal ones. Changes nothing.
 
@@ -163,6 +168,7 @@ def check(
     one_of("DATA.INTERPOLATION", ["bilinear", "bicubic"])
     one_of("DATA.DECODER", ["auto", *decoders])
     one_of("DATA.POLICY", policies)
+    one_of("DATA.SHORT", ["", *shorts])
     require(bool(cfg.OUTPUT_DIR), "OUTPUT_DIR", "a folder, e.g. OUTPUT_DIR runs/first")
     at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
@@ -176,6 +182,7 @@ def check(
     require(list(cfg.OCTAVE.POOL) in ([1, 2, 2], [2, 2, 2]), "OCTAVE.POOL", "[1, 2, 2], [2, 2, 2]")
     ratios_fit = all(isinstance(a, int | float) and 0 <= a <= 1 for a in cfg.OCTAVE.RATIOS)
     require(ratios_fit, "OCTAVE.RATIOS", "[] or one number from 0 to 1 per stage")
+    require(0 <= cfg.DATA.MAX_FAILED_FRACTION < 1, "DATA.MAX_FAILED_FRACTION", "0 to below 1")
     require(bool(cfg.DATA.SEPARATOR), "DATA.SEPARATOR", "one character or more")
     for key in ("DATA.MEAN", "DATA.STD"):
         numbers = all(isinstance(v, int | float) for v in _get(cfg, key))

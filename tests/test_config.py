@@ -117,7 +117,9 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_check_changes_nothing() -> None:
     cfg = config.defaults()
     before = cfg.dump()
-    assert config.check(cfg, networks=["i3d_r50"], image_networks=[], decoders=[], policies=["strided"])
+    assert config.check(
+        cfg, networks=["i3d_r50"], image_networks=[], decoders=[], policies=["strided"], shorts=["loop"]
+    )
     assert cfg.dump() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from array import array
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -167,13 +168,23 @@ def _classes_without_video(videos: VideoList, num_classes: int) -> list[tuple[in
     return [(0, f"{text}; correct the number or add videos of these classes")]
 
 
+class Failure(NamedTuple):
+    """Why a file could not be decoded."""
+
+    video: int  # index into the list
+    reason: str  # LIST:LINE: PATH: reason; remedy
+    trace: str  # the traceback, for the log
+
+
 class Sample(NamedTuple):
     """What a dataset gives for one video."""
 
     clips: Tensor  # uint8 [V, C, (T,) H, W], contiguous, owning exactly its bytes; [0] when decoding failed
     label: int
     video: int  # index into the list
-    error: str  # "" when fine, else LIST:LINE: PATH: reason; remedy
+    error: str = ""  # "" when fine, else LIST:LINE: PATH: reason; remedy
+    trace: str = ""  # of the error
+    replaced: tuple[Failure, ...] = ()  # videos that this one stands for
 
 
 class Batch(NamedTuple):
@@ -184,6 +195,7 @@ class Batch(NamedTuple):
     videos: Tensor  # int64 [N], indices into the list
     errors: list[str]  # [M]
     failed_videos: Tensor  # int64 [M]
+    replaced: list[Failure]  # videos that others stand for
 
     def __repr__(self) -> str:
         clips = f"{str(self.clips.dtype).removeprefix('torch.')} {list(self.clips.shape)}"
@@ -201,6 +213,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.tensor([sample.video for sample in good], dtype=torch.int64),
         [sample.error for sample in failed],
         torch.tensor([sample.video for sample in failed], dtype=torch.int64),
+        [failure for sample in samples for failure in sample.replaced],
     )
 
 
@@ -253,7 +266,7 @@ class TrainDataset(Dataset[Sample]):
         frames = random_crop(frames, self.crop, generator)
         if self.flip:
             frames = random_flip(frames, generator)
-        return Sample(to_clip(frames).index_select(1, order)[None], self.videos.label(index), index, "")
+        return Sample(to_clip(frames).index_select(1, order)[None], self.videos.label(index), index)
 
 
 @dataclass(eq=False)
@@ -308,7 +321,7 @@ class EvalDataset(Dataset[Sample]):
             planes = to_clip(crop)  # [C, U, H, W], U different frames
             for clip in range(self.num_clips):
                 clips[clip, place] = planes.index_select(1, order[clip])
-        return Sample(clips.flatten(0, 1), self.videos.label(index), index, "")
+        return Sample(clips.flatten(0, 1), self.videos.label(index), index)
 
 
 def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tensor, Tensor]:
@@ -320,8 +333,34 @@ def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tens
 
 def failed_sample(videos: VideoList, index: int, error: DecodeError) -> Sample:
     """What a dataset gives for a file that cannot be decoded."""
-    text = f"{videos.place(index)}: {error}"
-    return Sample(torch.empty(0, dtype=torch.uint8), videos.label(index), index, text)
+    text, trace = f"{videos.place(index)}: {error}", "".join(traceback.format_exception(error))
+    return Sample(torch.empty(0, dtype=torch.uint8), videos.label(index), index, text, trace)
+
+
+@dataclass(frozen=True)
+class Replacing(Dataset[Sample]):
+    """A training dataset in which another video stands for one that cannot be decoded: drawn from (seed, epoch, index).
+
+    The sample tells whom it stands for. After `tries` failures in a row it is a failed one.
+    """
+
+    samples: Dataset[Sample]
+    seed: int
+    tries: int = 10
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        generator = seeded_generator("replacement", self.seed, epoch, index)
+        failures: list[Failure] = []
+        sample = self.samples[key]
+        while sample.error and len(failures) < self.tries:
+            failures.append(Failure(sample.video, sample.error, sample.trace))
+            other = int(torch.randint(len(self), (), generator=generator))
+            sample = self.samples[epoch, other]
+        return sample._replace(replaced=tuple(failures))
 
 
 def _check(dataset: TrainDataset | EvalDataset, short_side: tuple[int, int]) -> None:

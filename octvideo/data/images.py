@@ -228,7 +228,7 @@ class ImageTrainDataset(Dataset[Sample]):
         frames = _frames(part.resize((self.crop, self.crop), INTERPOLATION[self.interpolation]))
         if self.flip:
             frames = random_flip(frames, generator)
-        return Sample(_views(frames), self.images.label(index), index, "")
+        return Sample(_views(frames), self.images.label(index), index)
 
 
 @dataclass(eq=False)
@@ -265,7 +265,7 @@ class ImageEvalDataset(Dataset[Sample]):
             return failed_sample(self.images, index, DecodeError(f"{self.images.path(index)}: {reason}"))
         frames = _frames(image.resize((width, height), INTERPOLATION[self.interpolation]))
         (centre,) = uniform_crops(frames, self.crop, 1)
-        return Sample(_views(centre), self.images.label(index), index, "")
+        return Sample(_views(centre), self.images.label(index), index)
 
 
 def _frames(image: Image.Image) -> Tensor:

@@ -1,13 +1,14 @@
-"""Which videos make up which batch on which rank, and the torch DataLoader around it."""
+"""Which videos make up which batch on which rank, and the workers that load it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from octvideo.data.dataset import Sample, collate
+from octvideo.data.dataset import Batch, Sample, collate
 from octvideo.data.sampling import seeded_generator
 
 
@@ -79,27 +80,83 @@ class EvalBatches:
             yield list(self.indices[first : first + self.batch_size])
 
 
-def make_loader(
-    dataset: Dataset[Sample],
-    batches: TrainBatches | EvalBatches,
-    *,
-    num_workers: int,
-    timeout_s: float = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """A DataLoader of `Batch`. The same batches for any number of workers; 0 loads in this process.
+class LoaderError(RuntimeError):
+    """A worker that hangs or has died; the message names the file that it was reading."""
 
-    Call `batches.set_epoch` here before each epoch: keys carry the epoch into workers, which live on. A batch that
-    takes a worker longer than `timeout_s` (0: no limit) is a RuntimeError. Workers run torch on one thread.
+
+class Loader:
+    """Batches of a dataset, by workers or in this process; the same for any number of workers.
+
+    Call `batch_sampler.set_epoch` before each epoch: keys carry the epoch into workers, which live on. Raises
+    LoaderError where the next batch takes longer than `timeout_s` (0: no limit) or a worker dies; path_of gives the
+    name of a key's file. Workers run torch on one thread.
     """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate,
-        timeout=timeout_s if num_workers else 0,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        prefetch_factor=2 if num_workers else None,
-        generator=torch.Generator(),  # its own: else every epoch draws from the global one
-    )
+
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        batches: TrainBatches | EvalBatches,
+        *,
+        path_of: Callable[[int], str],
+        num_workers: int,
+        timeout_s: float = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.batch_sampler, self.path_of, self.timeout_s = batches, path_of, timeout_s
+        self.watched = Watched(dataset, num_workers)
+        self.loader = DataLoader(
+            self.watched,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            timeout=timeout_s if num_workers else 0,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=2 if num_workers else None,
+            generator=torch.Generator(),  # its own: else every epoch draws from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):
+                raise  # an exception in a dataset; what follows is about the workers themselves
+            hanging = "timed out" in str(error)
+            what = f"no batch within DATA.TIMEOUT_S {self.timeout_s:g} s" if hanging else "a decoding worker died"
+            raise LoaderError(f"{what}; {self._reading()}") from error
+
+    def _reading(self) -> str:
+        """The files that workers are at, the longest one first."""
+        now = time.monotonic()
+        busy = [(now - float(since), int(index)) for index, since in self.watched.state.tolist() if index >= 0]
+        if not busy:
+            return "no worker was reading a file: look at the machine (memory, file system)"
+        lines = [f"{seconds:.0f} s: {self.path_of(index)}" for seconds, index in sorted(busy, reverse=True)]
+        return (
+            "workers have been reading, for\n  " + "\n  ".join(lines) + "\ntake the first off the list, or look at it"
+        )
+
+
+class Watched(Dataset[Sample]):
+    """A dataset that notes, for each worker in memory that all processes share, which entry it reads since when."""
+
+    def __init__(self, samples: Dataset[Sample], num_workers: int) -> None:
+        self.samples = samples
+        # [workers, 2]: index (-1: none) and time.monotonic(), which is one clock for all processes of a machine
+        self.state = torch.full((max(num_workers, 1), 2), -1.0, dtype=torch.float64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        worker = torch.utils.data.get_worker_info()
+        place = self.state[worker.id if worker else 0]
+        place[1] = time.monotonic()
+        place[0] = key[1] if isinstance(key, tuple) else key
+        sample = self.samples[key]
+        place[0] = -1
+        return sample

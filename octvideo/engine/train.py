@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from octvideo.engine.distributed import World, all_reduce
+from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log, bar, duration
 from octvideo.engine.metrics import Mean, topk_correct
 from octvideo.engine.optim import set_lr
@@ -25,11 +26,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class ClipBatch(Protocol):
-    """What the loop reads of a batch: clips [N, V, C, (T,) H, W] uint8, labels [N], errors of clips left out."""
+    """What the loop reads of a batch: clips [N, V, C, (T,) H, W] uint8, labels [N], errors of clips left out, and
+    failures of clips that others stand for."""
 
     clips: Tensor
     labels: Tensor
     errors: list[str]
+    replaced: list[Any]
 
 
 class EpochLoader(Protocol):
@@ -72,6 +75,7 @@ def fit(
     prepare: Callable[[Tensor], Tensor],
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     loss: Loss,
+    failures: FailureBudget,
     device: torch.device,
     world: World,
     log: Log,
@@ -83,12 +87,14 @@ def fit(
     lr_at: epochs done, with fractions -> learning rate. prepare: uint8 clips on the device -> network input.
     mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
     after_epoch: called with the epoch's numbers when progress has moved on (validation, checkpoint).
-    Raises TrainingError for a clip that cannot be decoded or a loss that is not finite.
+    failures: takes those of clips that were replaced. Raises BudgetError where there are too many, TrainingError for a
+    clip that could not even be replaced or a loss that is not finite.
     """
     first = progress.epoch
     started = time.perf_counter()
     for epoch in range(first, epochs):
         loader.batch_sampler.set_epoch(epoch)
+        failures.begin_epoch()
         model.train()
         meter = _Meter(device, world)
         steps = len(loader.batch_sampler) if isinstance(loader.batch_sampler, Sized) else 0
@@ -96,6 +102,7 @@ def fit(
             for index, batch in enumerate(meter.timed(loader)):
                 if batch.errors:
                     raise TrainingError(batch.errors[0])
+                failures.add(batch.replaced, progress.step)
                 clips = prepare(batch.clips.flatten(0, 1).to(device, non_blocking=True))
                 labels = batch.labels.to(device, non_blocking=True)
                 lr = lr_at(epoch + index / steps)
@@ -104,6 +111,7 @@ def fit(
                 progress.step += 1
                 meter.add(value, topk_correct(logits, labels, 1).sum(), len(labels))
                 if progress.step % log_period == 0 or index + 1 == steps:
+                    failures.share(progress.step)
                     values = {"epoch": epoch + (index + 1) / steps, "lr": lr, **meter.since_last()}
                     _require_finite(values["loss"], progress.step)
                     log.event("train", progress.step, values)

@@ -15,7 +15,7 @@ from octvideo.data import images as images_module
 from octvideo.data.dataset import Batch, ListError, VideoList
 from octvideo.data.decode import DecodeError
 from octvideo.data.images import ImageEvalDataset, ImageTrainDataset, read_image, read_images
-from octvideo.data.loader import EvalBatches, TrainBatches, make_loader
+from octvideo.data.loader import EvalBatches, Loader, TrainBatches
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import random_resized_box
 
@@ -424,7 +424,7 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> VideoList:
 
 def two_epochs(images: VideoList, num_workers: int) -> list[Batch]:
     batches = TrainBatches(len(images), global_batch=2, seed=0)
-    loader = make_loader(ImageTrainDataset(images, **TRAIN), batches, num_workers=num_workers)
+    loader = Loader(ImageTrainDataset(images, **TRAIN), batches, path_of=images.path, num_workers=num_workers)
     first = list(loader)
     batches.set_epoch(1)
     return [*first, *loader, *evaluation(images, num_workers)]
@@ -432,7 +432,7 @@ def two_epochs(images: VideoList, num_workers: int) -> list[Batch]:
 
 def evaluation(images: VideoList, num_workers: int) -> list[Batch]:
     batches = EvalBatches(len(images), batch_size=3)
-    return list(make_loader(ImageEvalDataset(images, **EVAL), batches, num_workers=num_workers))
+    return list(Loader(ImageEvalDataset(images, **EVAL), batches, path_of=images.path, num_workers=num_workers))
 
 
 def test_batches_are_the_same_for_any_number_of_workers(seven: VideoList) -> None:

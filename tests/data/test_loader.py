@@ -1,3 +1,5 @@
+import os
+import signal
 import time
 from collections.abc import Callable
 from itertools import chain
@@ -6,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from octvideo.data.dataset import Batch, EvalDataset, Sample, TrainDataset, VideoList, read_list
-from octvideo.data.loader import EvalBatches, TrainBatches, make_loader
+from octvideo.data.dataset import Batch, EvalDataset, Replacing, Sample, TrainDataset, VideoList, read_list
+from octvideo.data.loader import EvalBatches, Loader, LoaderError, TrainBatches
 
 
 def batches_of(num_videos: int, **arguments: Any) -> list[list[tuple[int, int]]]:
@@ -103,7 +105,7 @@ def train_dataset(videos: VideoList) -> TrainDataset:
 
 def two_epochs(videos: VideoList, num_workers: int) -> list[Batch]:
     batches = TrainBatches(len(videos), global_batch=2, seed=0)
-    loader = make_loader(train_dataset(videos), batches, num_workers=num_workers)
+    loader = Loader(train_dataset(videos), batches, path_of=videos.path, num_workers=num_workers)
     found = list(loader)
     batches.set_epoch(1, start_step=1)
     assert len(loader) == 2
@@ -129,7 +131,7 @@ def test_evaluation_through_the_loader(videos: VideoList) -> None:
     dataset = EvalDataset(
         videos, num_frames=2, sampling_rate=4, target_fps=30, num_clips=2, num_crops=3, short_side=32, crop=32
     )
-    loader = make_loader(dataset, EvalBatches(len(videos), batch_size=4), num_workers=1)
+    loader = Loader(dataset, EvalBatches(len(videos), batch_size=4), path_of=videos.path, num_workers=1)
     first, second = loader
     assert first.clips.shape == (4, 6, 3, 2, 32, 32)
     assert (first.videos.tolist(), first.errors) == ([0, 1, 2, 3], [])
@@ -138,22 +140,82 @@ def test_evaluation_through_the_loader(videos: VideoList) -> None:
 
 
 class Probe(torch.utils.data.Dataset[Sample]):
-    """Tells the number of torch threads as its label, and takes its time over video 1."""
+    """Tells the number of torch threads as its label, and takes its time over video 1, or ends the process there."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, die: bool = False) -> None:
+        self.seconds, self.die = seconds, die
+
+    def __len__(self) -> int:
+        return 4
 
     def __getitem__(self, index: int) -> Sample:
-        time.sleep(self.seconds if index == 1 else 0)
-        return Sample(torch.zeros(1, 3, 1, 2, 2, dtype=torch.uint8), torch.get_num_threads(), index, "")
+        if index == 1:
+            if self.die:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(self.seconds)
+        return Sample(torch.zeros(1, 3, 1, 2, 2, dtype=torch.uint8), torch.get_num_threads(), index)
+
+
+def probe(seconds: float, *, die: bool = False, num_workers: int = 1, timeout_s: float = 0) -> Loader:
+    return Loader(
+        Probe(seconds, die),
+        EvalBatches(2, batch_size=1),
+        path_of="clips/{}.mp4".format,
+        num_workers=num_workers,
+        timeout_s=timeout_s,
+    )
 
 
 def test_workers_run_torch_on_one_thread() -> None:
-    (batch,) = make_loader(Probe(0), EvalBatches(2, batch_size=2), num_workers=1)  # type: ignore[arg-type]
-    assert batch.labels.tolist() == [1, 1]
+    assert [batch.labels.tolist() for batch in probe(0)] == [[1], [1]]
 
 
-def test_a_worker_that_hangs_is_an_error_after_the_timeout() -> None:
-    loader = make_loader(Probe(2.5), EvalBatches(2, batch_size=1), num_workers=1, timeout_s=1)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
-        list(loader)
+def test_a_worker_that_hangs_is_named_by_its_file_after_the_timeout() -> None:
+    started = time.monotonic()
+    message = r"no batch within DATA.TIMEOUT_S 1 s; workers have been reading, for\n  [12] s: clips/1.mp4\ntake"
+    with pytest.raises(LoaderError, match=message):
+        list(probe(30, timeout_s=1))
+    assert time.monotonic() - started < 15  # torch gives a worker five seconds to end before it ends it
+
+
+def test_a_worker_that_dies_is_named_by_its_file() -> None:
+    with pytest.raises(LoaderError, match=r"a decoding worker died; workers .*\n  0 s: clips/1.mp4"):
+        list(probe(0, die=True))
+
+
+def test_an_error_in_a_dataset_is_no_matter_of_the_loader(videos: VideoList) -> None:
+    class Broken(Probe):
+        def __getitem__(self, index: int) -> Sample:
+            raise RuntimeError("DataLoaders are not to blame")
+
+    with pytest.raises(RuntimeError, match="not to blame") as caught:
+        list(Loader(Broken(0), EvalBatches(2, batch_size=1), path_of=str, num_workers=0))
+    assert not isinstance(caught.value, LoaderError)
+
+
+def test_replacing_is_decided_by_seed_epoch_and_index_alone(videos: VideoList) -> None:
+    """Video 5 of the six is none. What stands for it is another clip of the list, the same in every worker."""
+    replacing = Replacing(train_dataset(videos), seed=0)
+    found = {}
+    for num_workers in (0, 2):
+        batches = TrainBatches(len(videos), global_batch=2, seed=0)
+        loader = Loader(replacing, batches, path_of=videos.path, num_workers=num_workers)
+        found[num_workers] = list(loader)
+    for ours, theirs in zip(found[0], found[2], strict=True):
+        assert torch.equal(ours.clips, theirs.clips) and ours.videos.tolist() == theirs.videos.tolist()
+        assert len(ours.clips) == 2 and not ours.errors
+        assert ours.replaced == theirs.replaced
+    (failure,) = [failure for batch in found[0] for failure in batch.replaced]
+    assert failure.video == 5 and "list.txt:6:" in failure.reason
+    assert failure.trace.startswith("Traceback") and "DecodeError" in failure.trace
+    stand_ins = {replacing[epoch, 5].video for epoch in range(12)}
+    assert len(stand_ins) > 2 and 5 not in stand_ins
+
+
+def test_when_nothing_can_be_decoded_the_sample_fails_and_names_all_it_tried(videos: VideoList) -> None:
+    class Hopeless(Probe):
+        def __getitem__(self, key: tuple[int, int]) -> Sample:
+            return Sample(torch.empty(0), 0, key[1], f"{key[1]}: gone", "Traceback")
+
+    sample = Replacing(Hopeless(0), seed=0, tries=3)[0, 2]
+    assert sample.error.endswith("gone") and len(sample.replaced) == 3 and sample.replaced[0].video == 2

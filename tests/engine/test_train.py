@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octvideo.engine.distributed import World
+from octvideo.engine.failures import BudgetError, FailureBudget
 from octvideo.engine.log import Log
 from octvideo.engine.train import Progress, TrainingError, fit, train_step
 
@@ -26,10 +27,18 @@ def test_train_step_is_sgd_on_the_mean_cross_entropy() -> None:
 
 
 @dataclass
+class Failed:
+    video: int
+    reason: str
+    trace: str = "Traceback: why"
+
+
+@dataclass
 class Batch:
     clips: Tensor
     labels: Tensor
     errors: list[str] = field(default_factory=list)
+    replaced: list[Failed] = field(default_factory=list)
 
 
 class Batches:
@@ -61,7 +70,9 @@ def keep(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
     return clips, labels
 
 
-def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3, mix=keep) -> tuple[list[dict], list[float]]:
+def run(
+    loader: Loader, progress: Progress, tmp_path, epochs: int = 3, mix=keep, allowed: int = 0
+) -> tuple[list[dict], list[float]]:
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     ended, rates = [], []
 
@@ -69,6 +80,7 @@ def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3, mix=keep)
         rates.append(epoch)
         return 0.1
 
+    log = Log(tmp_path, main=True, step=progress.step)
     fit(
         net,
         torch.optim.SGD(net.parameters(), lr=1.0),
@@ -81,7 +93,8 @@ def run(loader: Loader, progress: Progress, tmp_path, epochs: int = 3, mix=keep)
         loss=F.cross_entropy,
         device=CPU,
         world=World(),
-        log=Log(tmp_path, main=True, step=progress.step),
+        failures=FailureBudget(allowed, log, tmp_path / "failed.txt"),
+        log=log,
         log_period=1,
         after_epoch=lambda values: ended.append({"epoch": progress.epoch, "step": progress.step, **values}),
     )
@@ -128,3 +141,28 @@ def test_targets_may_be_shares_of_mixed_labels_while_top_1_counts_the_labels(tmp
     # the clips are all alike and the mixed shares even, so the network ends where both classes are equally likely
     assert ended[-1]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert ended[-1]["top1"] in {0.0, 50.0}
+
+
+def failing(*videos: int) -> Batch:
+    one = batch()
+    one.replaced += [Failed(video, f"train.txt:{video}: {video}.mp4: cut short") for video in videos]
+    return one
+
+
+def test_replaced_clips_are_said_once_per_file_and_listed(tmp_path, capsys) -> None:
+    run(Loader(failing(3, 4), failing(3)), Progress(), tmp_path, epochs=2, allowed=3)
+    said = capsys.readouterr().out
+    assert said.count("replaced a clip that cannot be decoded: train.txt:3: 3.mp4: cut short\nTraceback: why") == 1
+    assert said.count("train.txt:4: 4.mp4") == 1
+    assert (tmp_path / "failed.txt").read_text() == "train.txt:3: 3.mp4: cut short\ntrain.txt:4: 4.mp4: cut short\n"
+
+
+def test_a_spent_budget_ends_the_run_and_names_the_worst_files(tmp_path) -> None:
+    """Three an epoch are allowed; the counts begin anew with each epoch, so two epochs of three pass."""
+    run(Loader(failing(3, 3), failing(4)), Progress(), tmp_path / "passes", epochs=2, allowed=3)
+    message = (
+        r"4 clips of this epoch could not be decoded, by step 2; DATA.MAX_FAILED_FRACTION allows 3. Most often:\n"
+        r"  train.txt:3: 3.mp4: cut short \(3 x\)\n  train.txt:4: 4.mp4: cut short \(1 x\)\n"
+    )
+    with pytest.raises(BudgetError, match=message):
+        run(Loader(failing(3, 3), failing(3, 4)), Progress(), tmp_path / "stops", allowed=3)

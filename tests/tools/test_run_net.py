@@ -222,6 +222,39 @@ def test_training_on_a_bad_file_is_one_message(videos: Path, tmp_path: Path, dam
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
+def with_a_bad_file(videos: Path, folder: Path) -> list[str]:
+    """A list of eight, one of them empty."""
+    (folder / "bad.mp4").write_bytes(b"")
+    lines = [f"{folder / 'bad.mp4'} 1", *(f"train_{i}.mp4 {i % 2}" for i in range(1, 8))]
+    (folder / "list.txt").write_text("\n".join(lines) + "\n")
+    return ["DATA.TRAIN_LIST", str(folder / "list.txt")]
+
+
+def test_training_replaces_within_its_budget_and_says_so(videos: Path, tmp_path: Path) -> None:
+    more = [*with_a_bad_file(videos, tmp_path), "DATA.MAX_FAILED_FRACTION", "0.2", "TRAIN.EPOCHS", "3"]
+    out = run(arguments(videos, tmp_path / "out", *more))[0]
+    assert out.count("replaced a clip that cannot be decoded") == 1 and "Traceback" in out and "bad.mp4" in out
+    assert (tmp_path / "out" / "failed.txt").read_text().startswith(f"{tmp_path}/list.txt:1: {tmp_path}/bad.mp4: ")
+    assert [e["video"] for e in events(tmp_path / "out", "failed")] == [0]
+    assert len(checkpoint.found(tmp_path / "out")) == 3
+
+
+def test_a_budget_that_is_spent_ends_the_training(videos: Path, tmp_path: Path) -> None:
+    more = [*with_a_bad_file(videos, tmp_path), "DATA.MAX_FAILED_FRACTION", "0.05"]
+    error = run(arguments(videos, tmp_path / "out", *more), status=1)[1]
+    assert "1 clips of this epoch could not be decoded" in error and "allows 0. Most often:" in error
+    assert "bad.mp4" in error and "(1 x)" in error
+
+
+def test_an_evaluation_never_replaces(videos: Path, tmp_path: Path, trained: tuple[Path, str]) -> None:
+    shutil.copytree(trained[0], tmp_path / "out")
+    bad = with_a_bad_file(videos, tmp_path)[1]
+    more = ["TRAIN.ENABLE", "False", "DATA.TEST_LIST", bad, "DATA.MAX_FAILED_FRACTION", "0.9"]
+    out = run(arguments(videos, tmp_path / "out", *more))[0]
+    assert "7 of 8 videos scored" in out and "counted as wrong" in out
+    assert (tmp_path / "out" / "test_failed.txt").read_text().startswith(f"{tmp_path}/bad.mp4\t{tmp_path}/list.txt:1: ")
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
