@@ -171,13 +171,13 @@ def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.de
         )
     except ValueError as error:
         raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE}", [str(error)]) from None
-    samples: Dataset[Sample] = _train_samples(cfg, videos)
+    samples: Dataset[Sample] = train_samples(cfg, videos)
     if cfg.DATA.MAX_FAILED_FRACTION:
         samples = Replacing(samples, cfg.SEED)
     return _loader(cfg, samples, videos, batches, device)
 
 
-def _train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainDataset:
+def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainDataset:
     if takes_images(cfg):
         return ImageTrainDataset(
             videos,
@@ -207,10 +207,10 @@ def eval_loader(
 ) -> Loader:
     videos_per_batch = max(1, cfg.TEST.BATCH_SIZE // (num_clips * num_crops))
     batches = loader.EvalBatches(len(videos), batch_size=videos_per_batch, rank=world.rank, world_size=world.size)
-    return _loader(cfg, _eval_samples(cfg, videos, num_clips, num_crops), videos, batches, device)
+    return _loader(cfg, eval_samples(cfg, videos, num_clips, num_crops), videos, batches, device)
 
 
-def _eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int) -> EvalDataset | ImageEvalDataset:
+def eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int) -> EvalDataset | ImageEvalDataset:
     if takes_images(cfg):
         return ImageEvalDataset(
             videos,

@@ -1,8 +1,12 @@
 #!/usr/bin/env python
 """Speed, measured in turn in one process: medians with their spread.
 
-python tools/benchmark.py data  --cfg CONFIG [--decoders pyav decord] [KEY VALUE ...]
-    clips/s of the training loader for each decoder
+python tools/benchmark.py sources --out FOLDER
+    eight h264 clips of 340 x 256 pixels and 10 s to measure decoding on: short.txt (a keyframe every 12 frames) and
+    long.txt (every 250)
+python tools/benchmark.py data  --cfg CONFIG [--decoders pyav,decord] [--workers 1,2,4] [KEY VALUE ...]
+    training clips for each core and decoder, beside decord's and pytorchvideo's readers as they are usually called and
+    beside decoding alone; then the loader with several numbers of workers
 python tools/benchmark.py model --cfg CONFIG [--against CONFIG] [KEY VALUE ...]
     inference and training steps of a network against its vanilla twin (or another config): clips/s, peak memory,
     multiply-adds
@@ -11,26 +15,41 @@ python tools/benchmark.py model --cfg CONFIG [--against CONFIG] [KEY VALUE ...]
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import itertools
 import multiprocessing
+import os
+import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
+from torch import Tensor
 
 from octvideo import build
 from octvideo.config import ConfigError
-from octvideo.data.dataset import ListError
+from octvideo.data.dataset import ListError, VideoList
 from octvideo.data.decode import BACKENDS
+from octvideo.data.decode_pyav import PyAVVideo
+from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
 from octvideo.engine.train import train_step
+
+Reader = Callable[[int, int], object]  # a video's number in the list and the turn -> a clip
+PathReader = Callable[[str, int, CfgNode], object]
 
 
 class BenchmarkError(RuntimeError):
@@ -43,12 +62,13 @@ class Timed:
 
     name: str
     run: Callable[[], int]
+    clock: Callable[[], float] = time.perf_counter
     clips_per_s: list[float] = field(default_factory=list)
 
     def once(self) -> None:
-        started = time.perf_counter()
+        started = self.clock()
         clips = self.run()
-        self.clips_per_s.append(clips / (time.perf_counter() - started))
+        self.clips_per_s.append(clips / (self.clock() - started))
 
     def cells(self) -> list[str]:
         return [
@@ -73,18 +93,141 @@ def benchmark_data(options: argparse.Namespace) -> None:
     videos = build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=False)
     if len(videos) < cfg.TRAIN.BATCH_SIZE:
         raise BenchmarkError(f"{len(videos)} videos are fewer than TRAIN.BATCH_SIZE, {cfg.TRAIN.BATCH_SIZE}")
-    entries = []
+    print(
+        f"training clips of {options.cfg}: {cfg.DATA.NUM_FRAMES} frames at rate {cfg.DATA.SAMPLING_RATE}, crop "
+        f"{cfg.DATA.TRAIN_CROP}, {len(videos)} videos of {cfg.DATA.TRAIN_LIST}\n"
+    )
+    _per_core(options, cfg, videos)
+    print()
+    _per_workers(options, cfg, videos)
+
+
+def _per_core(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> None:
+    """Clips per second of one core's time: what other processes take from it does not count."""
+    torch.set_num_threads(1)
+    span = cfg.DATA.NUM_FRAMES * cfg.DATA.SAMPLING_RATE
+    readers: dict[str, Reader] = {}
     for decoder in options.decoders:
         own = build.load_config(options.cfg, [*options.overrides, "DATA.DECODER", decoder])
-        entries.append(Timed(decoder, _epochs(build.train_loader(own, videos, World(), torch.device("cpu")))))
+        readers[f"octvideo, {decoder}"] = partial(_sample, build.train_samples(own, videos))
+    others = {"decoding alone, pyav": _decode, **peers()}
+    readers |= {name: partial(_read, read, videos, cfg) for name, read in others.items()}
+    entries = [Timed(name, _clips(reader, len(videos)), time.process_time) for name, reader in readers.items()]
     in_turn(entries, options.rounds)
-    base = statistics.median(entries[0].clips_per_s)
-    rows = [[e.name, *e.cells(), f"{statistics.median(e.clips_per_s) / base:.2f}"] for e in entries]
+    speed = {entry.name: statistics.median(entry.clips_per_s) for entry in entries}
+    ceiling, usual = speed["decoding alone, pyav"], speed.get("decord, get_batch")
+    rows = [
+        [e.name, *e.cells(), f"{speed[e.name] / ceiling:.2f}", f"{speed[e.name] / usual:.2f}" if usual else "-"]
+        for e in entries
+    ]
+    header = [f"{span} frames' span", "clips/s per core", "min-max", "of decoding alone", "of decord, get_batch"]
+    print(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+
+
+def _clips(reader: Reader, videos: int) -> Callable[[], int]:
+    """One clip of each video, other ones in each turn."""
+    turns = itertools.count()
+
+    def run() -> int:
+        turn = next(turns)
+        for index in range(videos):
+            reader(index, turn)
+        return videos
+
+    return run
+
+
+def _sample(samples: Any, index: int, turn: int) -> None:
+    if error := samples[turn, index].error:
+        raise BenchmarkError(error)
+
+
+def _read(read: PathReader, videos: VideoList, cfg: CfgNode, index: int, turn: int) -> None:
+    read(videos.path(index), turn, cfg)
+
+
+def _start(num_frames: int, cfg: CfgNode, turn: int, path: str) -> int:
+    span = (cfg.DATA.NUM_FRAMES - 1) * cfg.DATA.SAMPLING_RATE + 1
+    return random.Random(f"{path} {turn}").randrange(max(num_frames - span, 0) + 1)
+
+
+def _indices(num_frames: int, cfg: CfgNode, turn: int, path: str) -> list[int]:
+    start, rate = _start(num_frames, cfg, turn, path), cfg.DATA.SAMPLING_RATE
+    return [min(start + i * rate, num_frames - 1) for i in range(cfg.DATA.NUM_FRAMES)]
+
+
+def _decode(path: str, turn: int, cfg: CfgNode) -> None:
+    """Open, find the frames, decode them and what they lean on; convert and keep nothing."""
+    with PyAVVideo(path) as video:
+        for _ in video.read(sorted(set(_indices(video.num_frames, cfg, turn, path)))):
+            pass
+
+
+def _scale_and_crop(clip: Tensor, cfg: CfgNode, turn: int) -> Tensor:
+    """float [C, T, H, W]: a random short side by bilinear interpolation, then a random crop, as the field does it."""
+    rng = random.Random(turn)
+    side, crop = rng.randint(*cfg.DATA.TRAIN_SHORT_SIDE), cfg.DATA.TRAIN_CROP
+    height, width = clip.shape[2:]
+    scale = side / min(height, width)
+    clip = F.interpolate(clip, size=(round(height * scale), round(width * scale)), mode="bilinear")
+    top, left = (rng.randrange(size - crop + 1) for size in clip.shape[2:])
+    return clip[:, :, top : top + crop, left : left + crop].contiguous()
+
+
+def peers() -> dict[str, PathReader]:
+    """Other people's readers, called as their users call them; those that are installed."""
+    found: dict[str, PathReader] = {}
+    if importlib.util.find_spec("decord"):
+        found["decord, get_batch"] = _decord_get_batch
+    if importlib.util.find_spec("pytorchvideo") and importlib.util.find_spec("torchvision"):
+        found["pytorchvideo, EncodedVideo"] = _encoded_video
+    return found
+
+
+def _decord_get_batch(path: str, turn: int, cfg: CfgNode) -> Tensor:
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=1)
+    frames = torch.from_numpy(reader.get_batch(_indices(len(reader), cfg, turn, path)).asnumpy())
+    return _scale_and_crop(frames.permute(3, 0, 1, 2).float(), cfg, turn)
+
+
+def _encoded_video(path: str, turn: int, cfg: CfgNode) -> Tensor:
+    """A clip by its time: every frame of the span is decoded and kept, then a few are taken."""
+    for schema in ("nms(Tensor dets, Tensor scores, float t) -> Tensor", "qnms(Tensor d, Tensor s, float t) -> Tensor"):
+        # torchvision's operators do not come with every build of torch; declared, its Python part imports
+        with contextlib.suppress(RuntimeError):
+            TORCHVISION.define(schema)
+    from pytorchvideo.data.encoded_video import EncodedVideo
+
+    video = EncodedVideo.from_path(path, decode_audio=False, decoder="pyav")
+    span = cfg.DATA.NUM_FRAMES * cfg.DATA.SAMPLING_RATE / (cfg.DATA.TARGET_FPS or 30.0)
+    start = random.Random(f"{path} {turn}").uniform(0, max(float(video.duration) - span, 0))
+    clip = video.get_clip(start, start + span)["video"]
+    chosen = torch.linspace(0, clip.shape[1] - 1, cfg.DATA.NUM_FRAMES).long()
+    return _scale_and_crop(clip[:, chosen], cfg, turn)
+
+
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def _per_workers(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> None:
+    """The whole loader by the clock on the wall."""
+    entries = []
+    for workers in options.workers:
+        own = build.load_config(options.cfg, [*options.overrides, "DATA.NUM_WORKERS", str(workers)])
+        loader = build.train_loader(own, videos, World(), torch.device("cpu"))
+        entries.append(Timed(f"{workers}", _epochs(loader)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create"
+        )  # more workers than cores are the question here
+        in_turn(entries, options.rounds)
+    rows = [[entry.name, *entry.cells()] for entry in entries]
     print(
-        f"training loader of {options.cfg}: {cfg.DATA.NUM_FRAMES} frames at rate {cfg.DATA.SAMPLING_RATE}, crop "
-        f"{cfg.DATA.TRAIN_CROP}, {cfg.DATA.NUM_WORKERS} worker(s), {options.rounds} rounds of an epoch"
+        f"the loader with {cfg.DATA.DECODER}, {len(os.sched_getaffinity(0))} cores, {options.rounds} rounds of an epoch"
     )
-    print(tabulate(rows, ["decoder", "clips/s", "min-max", "relative"], tablefmt="github", disable_numparse=True))
+    print(tabulate(rows, ["workers", "clips/s", "min-max"], tablefmt="github", disable_numparse=True))
 
 
 def _epochs(loader: Any) -> Callable[[], int]:
@@ -98,6 +241,37 @@ def _epochs(loader: Any) -> Callable[[], int]:
         return clips
 
     return epoch
+
+
+def write_sources(options: argparse.Namespace) -> None:
+    """Textures that move, with grain: 0.5 to 0.7 Mbit/s, which is what Kinetics clips of this size have."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, gop in (("short", 12), ("long", 250)):
+        files = [options.out / f"{name}_{index}.mp4" for index in range(4)]
+        for index, path in enumerate(files):
+            if not path.exists():
+                _write_source(path, index, gop)
+        lines = "".join(f"{path.name} {label}\n" for label, path in enumerate(files))
+        write_atomic(options.out / f"{name}.txt", lines.encode())
+        megabits = sum(path.stat().st_size for path in files) * 8 / 4 / 10 / 1e6
+        print(f"{options.out}/{name}.txt: 4 clips, a keyframe every {gop} frames, {megabits:.2f} Mbit/s")
+
+
+def _write_source(path: Path, seed: int, gop: int) -> None:
+    rng = np.random.default_rng(seed)
+    ground = np.kron(rng.integers(0, 255, (24, 28, 3)), np.ones((16, 16, 1)))  # [384, 448, 3]
+    grain = rng.normal(0, 6, (8, 256, 340, 1))
+    unfinished = path.with_name(f".{path.name}.part")
+    with av.open(str(unfinished), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": str(gop)})
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for t in range(300):
+            y, x = int(60 + 60 * np.sin(t / 20)), int(50 + 50 * np.sin(t / 31))
+            frame = np.clip(0.7 * ground[y : y + 256, x : x + 340] + 40 + grain[t % 8], 0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    unfinished.replace(path)
 
 
 def benchmark_model(options: argparse.Namespace) -> None:
@@ -186,11 +360,30 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _decoders(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in BACKENDS]:
+        raise argparse.ArgumentTypeError(f"unknown decoder {unknown[0]!r}; choose from {', '.join(BACKENDS)}")
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2,4") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="clips/s of the training loader")
-    data.add_argument("--decoders", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
+    # lists with commas: with spaces they would swallow the overrides behind them
+    data.add_argument("--decoders", type=_decoders, default="pyav,decord", metavar="A,B", help=", ".join(BACKENDS))
+    data.add_argument("--workers", type=_numbers, default="1,2,4", metavar="N,M")
+    sources = commands.add_parser("sources", help="clips to measure decoding on")
+    sources.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sources.set_defaults(run=write_sources)
     model = commands.add_parser("model", help="a network against its vanilla twin")
     model.add_argument("--against", metavar="CONFIG", help="another config (default: the same at alpha 0)")
     model.add_argument("--batch", type=int, default=4, help="clips per step (default 4)")
@@ -202,8 +395,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
     options = parser.parse_args(arguments)
     try:
-        if min(options.rounds, getattr(options, "batch", 1), getattr(options, "threads", 1)) < 1:
-            raise BenchmarkError("--rounds, --batch and --threads are 1 or more")
+        if (
+            min(
+                getattr(options, "rounds", 1),
+                *getattr(options, "workers", [1]),
+                getattr(options, "batch", 1),
+                getattr(options, "threads", 1),
+            )
+            < 1
+        ):
+            raise BenchmarkError("--rounds, --workers, --batch and --threads are 1 or more")
         options.run(options)
     except (ConfigError, ListError, BenchmarkError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -94,7 +94,7 @@ class PyAVVideo:
     @property
     def mirrored(self) -> bool:
         """Whether the first frame is to be shown with left and right exchanged."""
-        a, b, c, d = next(self._display_matrix(frame) for _, frame in self._read([0])) or (1, 0, 0, 1)
+        a, b, c, d = next(self._display_matrix(frame) for _, frame in self.read([0])) or (1, 0, 0, 1)
         return a * d < b * c
 
     def frames(self, indices: Sequence[int]) -> Tensor:
@@ -104,7 +104,7 @@ class PyAVVideo:
             places.setdefault(number, []).append(place)
         out: np.ndarray | None = None
         matrix = None
-        for number, frame in self._read(sorted(places)):
+        for number, frame in self.read(sorted(places)):
             image = self._rgb(frame, number)
             if out is None:
                 out = np.empty((len(numbers), *image.shape), np.uint8)
@@ -114,11 +114,11 @@ class PyAVVideo:
                 raise DecodeError(f"{self.path}: {reason}; re-encode it to one size")
             for place in places[number]:
                 out[place] = image
-        assert out is not None  # _read gives every number or raises
+        assert out is not None  # read gives every number or raises
         clip = torch.from_numpy(out).unflatten(2, (-1, 3))  # [T, H, W * 3] -> [T, H, W, 3]
         return clip if matrix is None else _upright(self.path, clip, *matrix)
 
-    def _read(self, wanted: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+    def read(self, wanted: list[int]) -> Iterator[tuple[int, VideoFrame]]:
         """Every wanted frame (numbers ascending) once. What lies between two of them is decoded once."""
         todo = set(wanted)
         if self._index.pts:

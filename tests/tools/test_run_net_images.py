@@ -104,7 +104,7 @@ def test_both_input_styles(
     Image.fromarray(half).save(path, "PNG")
     lists = ["DATA.VAL_LIST", f"{images}/val.txt", "DATA.PREFIX", f"{images}/val", "MODEL.NUM_CLASSES", "2"]
     cfg = build.load_config(ROOT / f"configs/imagenet/{name}.yaml", lists)
-    views = build._eval_samples(cfg, build.test_list(cfg), 1, 1)
+    views = build.eval_samples(cfg, build.test_list(cfg), 1, 1)
     assert isinstance(views, ImageEvalDataset)
     clips = views[0].clips
     with Image.open(path) as image:
