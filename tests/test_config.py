@@ -75,7 +75,7 @@ OCTAVE: {ALPHA: 1.5, POOL: [2, 1, 1]}
 @pytest.mark.parametrize(
     "key,value,message",
     [
-        ("DATA.DECODER", "pyva", "allowed: auto, pyav, decord (did you mean 'pyav'?)"),
+        ("DATA.DECODER", "pyva", "allowed: auto, pyav, decord, torchcodec (did you mean 'pyav'?)"),
         ("DATA.POLICY", "random", "allowed: strided, pyslowfast"),
         ("DEVICE", "gpu", "allowed: auto, cpu, cuda"),
         ("OCTAVE.RATIOS", "[2]", "allowed: [] or one number from 0 to 1 per stage"),

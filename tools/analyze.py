@@ -3,8 +3,10 @@
 
 python tools/analyze.py complexity --cfg CONFIG [--json] [--per-layer] [KEY VALUE ...]
     parameters, multiply-adds and activations of one training clip
+python tools/analyze.py clip --cfg CONFIG --index I [--out FILE] [--epochs N] [KEY VALUE ...]
+    a picture of exactly what the network is shown of entry I: as training draws it in N epochs, and every test view
 python tools/analyze.py zoo [--write FILE]
-    the table of all Kinetics configurations beside the paper's printed numbers
+    the table of all Kinetics and ImageNet configurations beside the paper's printed numbers
 python tools/analyze.py golden --write FILE
     the counts of every configuration, for tests/golden/complexity.json
 """
@@ -12,6 +14,7 @@ python tools/analyze.py golden --write FILE
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -22,12 +25,16 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
+from torch import Tensor
 
 from octvideo import build
 from octvideo.analysis.complexity import Complexity
+from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
 from octvideo.config import ConfigError
-from octvideo.engine.checkpoint import write_atomic
+from octvideo.data.dataset import ListError, Sample, VideoList
+from octvideo.data.decode import MissingDecoderError
+from octvideo.engine.checkpoint import CheckpointError, write_atomic
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -81,6 +88,39 @@ def complexity(options: argparse.Namespace) -> None:
         ["activations (layer outputs)", f"{cost.activations / 1e6:.3f} M values"],
     ]
     print(tabulate(rows, tablefmt="github", disable_numparse=True, colalign=("left", "right")))
+
+
+def clip(options: argparse.Namespace) -> None:
+    cfg = build.load_config(options.cfg, options.overrides)
+    rows: list[tuple[str, Tensor]] = []
+    if cfg.TRAIN.ENABLE:
+        videos = build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=False)
+        samples, name = build.train_samples(cfg, videos), _entry(videos, options.index)
+        for epoch in range(options.epochs):
+            rows.append((f"training, epoch {epoch}: {name}", _views(samples[epoch, options.index])[0]))
+    if cfg.TEST.ENABLE:
+        videos, crops = build.test_list(cfg), cfg.TEST.CROPS
+        views, name = build.eval_samples(cfg, videos, cfg.TEST.CLIPS, crops), _entry(videos, options.index)
+        for number, view in enumerate(_views(views[options.index])):
+            rows.append((f"test, clip {number // crops}, crop {number % crops}: {name}", view))
+    out = options.out or Path(f"clip_{options.index}.png")
+    content = io.BytesIO()
+    contact_sheet(rows).save(content, "PNG")
+    write_atomic(out, content.getvalue())
+    shown = " x ".join(str(size) for size in rows[0][1].shape[1:])
+    print(f"{out}: {len(rows)} views of {shown}, before mean and standard deviation are taken off")
+
+
+def _entry(videos: VideoList, index: int) -> str:
+    if not 0 <= index < len(videos):
+        raise ListError(f"{videos.source}: --index {index} is outside 0..{len(videos) - 1}")
+    return f"{videos.path(index)} (label {videos.label(index)})"
+
+
+def _views(sample: Sample) -> Tensor:
+    if sample.error:
+        raise ListError(sample.error)
+    return sample.clips
 
 
 def zoo(options: argparse.Namespace) -> None:
@@ -180,6 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--per-layer", action="store_true", help="every layer, per frequency")
     one.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     one.set_defaults(run=complexity)
+    picture = commands.add_parser("clip", help="what the network is shown")
+    picture.add_argument("--cfg", required=True, metavar="CONFIG")
+    picture.add_argument("--index", type=int, required=True, metavar="I", help="entry of the list, from 0")
+    picture.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default clip_I.png)")
+    picture.add_argument("--epochs", type=int, default=3, metavar="N", help="training draws to show (default 3)")
+    picture.add_argument("overrides", nargs="*", metavar="KEY VALUE")
+    picture.set_defaults(run=clip)
     table = commands.add_parser("zoo", help="the table of configurations")
     table.add_argument("--write", type=Path, metavar="FILE")
     table.set_defaults(run=zoo)
@@ -189,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except ConfigError as error:
+    except (ConfigError, ListError, MissingDecoderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

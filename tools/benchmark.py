@@ -42,7 +42,7 @@ from torch import Tensor
 from octvideo import build
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError, VideoList
-from octvideo.data.decode import BACKENDS
+from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.data.decode_pyav import PyAVVideo
 from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
@@ -406,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             raise BenchmarkError("--rounds, --workers, --batch and --threads are 1 or more")
         options.run(options)
-    except (ConfigError, ListError, BenchmarkError, DistributedError) as error:
+    except (ConfigError, ListError, MissingDecoderError, BenchmarkError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,14 +12,14 @@ import torch
 from octvideo import build, launch
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
-from octvideo.data.decode import DecodeError
+from octvideo.data.decode import DecodeError, MissingDecoderError
 from octvideo.data.loader import LoaderError
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import DistributedError, World
 from octvideo.engine.failures import BudgetError
 from octvideo.engine.train import TrainingError
 
-MISTAKES = (ConfigError, ListError)
+MISTAKES = (ConfigError, ListError, MissingDecoderError)
 FAILURES = (DecodeError, LoaderError, CheckpointError, DistributedError, TrainingError, BudgetError)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import traceback
 from array import array
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from octvideo.data.decode import BACKENDS, DecodeError, Video, open_video
+from octvideo.data.decode import BACKENDS, DecodeError, Video, member_of, open_video
 from octvideo.data.sampling import POLICIES, SHORT, eval_indices, seeded_generator, train_indices
 from octvideo.data.transforms import (
     random_crop,
@@ -89,7 +92,7 @@ def read_list(
     problems += _duplicates(videos)
     if check_files:
         for index in range(len(videos)):
-            if not Path(videos.path(index)).is_file():
+            if not _is_there(videos.path(index)):
                 text = f"no file {videos.path(index)!r}; check the path and the prefix {prefix!r}"
                 problems.append((int(videos.lines[index]), text))
     if require_all_classes and len(videos):
@@ -143,6 +146,17 @@ def _parse(path: str, prefix: str, separator: str, num_classes: int) -> tuple[Vi
         raise ListError(f"{path}: the list cannot be read ({error.strerror}); check its path") from error
     columns = [np.array(column, dtype) for column, dtype in ((ends, "i8"), (labels, "i8"), (lines, "i4"))]
     return VideoList(path, prefix, bytes(names), *columns), problems
+
+
+def _is_there(path: str) -> bool:
+    """Shards hold many videos each, so each is looked for once."""
+    member = member_of(path)
+    return os.path.isfile(path) if member is None else _is_shard(member.tar)  # noqa: PTH113, a million Paths are slow
+
+
+@cache
+def _is_shard(path: str) -> bool:
+    return Path(path).is_file()
 
 
 def _duplicates(videos: VideoList) -> list[tuple[int, str]]:
@@ -374,6 +388,9 @@ def _check(dataset: TrainDataset | EvalDataset, short_side: tuple[int, int]) -> 
         value = getattr(dataset, name)
         if value not in legal:
             raise ValueError(f"{name} is {value!r}; choose one of: {', '.join(map(str, legal))}")
+    if dataset.decoder != "auto":  # is it installed? what it says of no video at all does not matter
+        with contextlib.suppress(DecodeError):
+            open_video(os.devnull, dataset.decoder)
     for name in ("num_frames", "sampling_rate", "crop"):
         if getattr(dataset, name) < 1:
             raise ValueError(f"{name} is {getattr(dataset, name)}; it must be at least 1")

@@ -3,18 +3,27 @@
 Frame i is the i-th picture in presentation order. `open_video` gives a `Video`; `BACKENDS` are the decoders behind
 it. A frame that is handed out is the right one, and what stands in the way of that is a `DecodeError`; what no
 decoder can see is damage inside a picture that still parses.
+
+A path may also name a video inside a tar archive, as it lies there: TAR:OFFSET:SIZE:NAME, in bytes.
 """
 
 from __future__ import annotations
 
+import re
+import tarfile
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class DecodeError(ValueError):
     """A file or a frame that cannot be read. The text is "PATH: reason; remedy"."""
+
+
+class MissingDecoderError(ModuleNotFoundError):
+    """A decoder that was asked for is not installed. The text is "what; what to install or to choose instead"."""
 
 
 class Video(Protocol):
@@ -37,9 +46,12 @@ class Video(Protocol):
 
 
 def open_video(path: str, backend: str = "auto") -> Video:
-    """Open a video file. `auto` is PyAV: exact on all that was tried, and the fastest per core.
+    """Open a video file, or one inside a tar archive (see member_of).
 
-    Errors: DecodeError for a file that is not a readable video, ValueError for an unknown backend.
+    `auto` is PyAV: right on every kind of file that was tried, where decord and torchcodec have to refuse some and do
+    not see pictures that were painted over; the fastest per core; and it needs nothing but its wheel.
+    Errors: DecodeError for a file that is not a readable video, ValueError for an unknown backend,
+    MissingDecoderError for one that is not installed.
     """
     name = "pyav" if backend == "auto" else backend
     if name not in BACKENDS:
@@ -59,8 +71,71 @@ def _decord(path: str) -> Video:
     return DecordVideo(path)
 
 
+def _torchcodec(path: str) -> Video:
+    from octvideo.data.decode_torchcodec import TorchcodecVideo
+
+    return TorchcodecVideo(path)
+
+
 # Imported when used: a decoder that is not asked for need not be installed.
-BACKENDS: dict[str, Callable[[str], Video]] = {"pyav": _pyav, "decord": _decord}
+BACKENDS: dict[str, Callable[[str], Video]] = {"pyav": _pyav, "decord": _decord, "torchcodec": _torchcodec}
+
+
+class Member(NamedTuple):
+    """A video inside a tar archive."""
+
+    tar: str
+    offset: int  # of its first byte
+    size: int  # in bytes
+    name: str
+
+
+def member_of(path: str) -> Member | None:
+    """What a path of the form TAR:OFFSET:SIZE:NAME names, None for other paths. TAR ends in .tar; no file is touched."""
+    found = re.fullmatch(r"(.+?\.tar):([0-9]+):([0-9]+):(.+)", path, re.DOTALL)
+    return Member(found[1], int(found[2]), int(found[3]), found[4]) if found else None
+
+
+def url_of(path: str) -> str:
+    """What FFmpeg opens a path by. Errors: DecodeError for a member that is not in its archive, or not there."""
+    member = member_of(path)
+    if member is None:
+        # "file:" because a relative "take 1: run.mp4" would else be read as a protocol.
+        return f"file:{path}"
+    _check_member(path, member)
+    # What follows ",,:" is a URL as it stands, whatever commas and colons are in it. The end is exclusive.
+    return f"subfile,,start,{member.offset},end,{member.offset + member.size},,:file:{member.tar}"
+
+
+def _check_member(path: str, member: Member) -> None:
+    """The list may be older than the archive, and its bytes then those of other videos: ask the member's header."""
+    last = member.offset + member.size
+    header = b""
+    try:
+        with Path(member.tar).open("rb") as file:
+            end = file.seek(0, 2)
+            if tarfile.BLOCKSIZE <= member.offset < last <= end:
+                file.seek(member.offset - tarfile.BLOCKSIZE)
+                header = file.read(tarfile.BLOCKSIZE)
+    except FileNotFoundError as error:
+        raise DecodeError(f"{path}: no such archive {member.tar!r}; check the list and its prefix") from error
+    except OSError as error:
+        raise DecodeError(f"{path}: the archive cannot be read ({error.strerror}); check the list") from error
+    if last > end:
+        reason = f"bytes {member.offset} to {last} are no part of the archive, which has {end} bytes"
+        raise DecodeError(f"{path}: {reason}; fetch the archive again, or make a new list of it")
+    try:
+        size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.HeaderError:
+        size = -1
+    if size != member.size:
+        reason = f"at byte {member.offset} of the archive no file of {member.size} bytes begins"
+        raise DecodeError(f"{path}: {reason}; make a new list of it")
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, for messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def checked_indices(path: str, indices: Sequence[int], num_frames: int) -> list[int]:

@@ -6,6 +6,7 @@ import gc
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import av
@@ -19,7 +20,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from octvideo.data.decode import DecodeError, checked_indices
+from octvideo.data.decode import DecodeError, checked_indices, url_of
 
 # Frames that may be decoded in passing: a seek costs a flush and fills the decoder's delay again.
 SEEK_AHEAD = 4
@@ -90,6 +91,17 @@ class PyAVVideo:
     def num_streams(self) -> int:
         """Video streams, of which one is read."""
         return len(self._container.streams.video)
+
+    @property
+    def stream_index(self) -> int:
+        """Of the stream that is read, in the container."""
+        return self._stream.index
+
+    @property
+    def times(self) -> list[Fraction]:
+        """Seconds at which each frame is shown; empty for a file whose timestamps are no use."""
+        base = self._stream.time_base
+        return [pts * base for pts in self._index.pts] if base else []
 
     @property
     def mirrored(self) -> bool:
@@ -175,6 +187,8 @@ class PyAVVideo:
     def _numbered(self) -> Iterator[tuple[int, VideoFrame]]:
         """Frames from the next keyframe on, numbered by timestamp."""
         codec = self._stream.codec_context
+        # dav1d takes skip_frame when it is opened, and then for good: open it before a picture is skipped.
+        codec.open(strict=False)
         start_pts: int | None = None
         for packet in _packets(self._container, self._stream):
             if start_pts is None:
@@ -236,16 +250,19 @@ class PyAVVideo:
             return None
         self._turned = True
         data: Any = frame.side_data.get("DISPLAYMATRIX")
-        a, b, _, c, d = (round(value / 65536) for value in struct.unpack("=9i", bytes(data))[:5])
-        return a, b, c, d
+        a, b, _, c, d = (value / 65536 for value in struct.unpack("=9i", bytes(data))[:5])
+        matrix = round(a), round(b), round(c), round(d)
+        if any(abs(exact - whole) > 0.01 for exact, whole in zip((a, b, c, d), matrix, strict=True)):
+            reason = f"it is to be turned by {frame.rotation}, which is no multiple of 90 degrees"
+            raise DecodeError(f"{self.path}: {reason}; encode it again")
+        return matrix
 
 
 def _open_stream(path: str) -> tuple[InputContainer, VideoStream]:
     """The container and its best video stream, set to one decoding thread."""
     try:
-        # "file:" because a relative "take 1: run.mp4" would else be read as a protocol. Tags in an old encoding are
-        # no reason to refuse a video.
-        container = av.open(f"file:{path}", metadata_errors="ignore")
+        # Tags in an old encoding are no reason to refuse a video.
+        container = av.open(url_of(path), metadata_errors="ignore")
     except av.error.FileNotFoundError as error:
         raise DecodeError(f"{path}: no such file; check the list and its prefix") from error
     except FFmpegError as error:

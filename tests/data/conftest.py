@@ -26,6 +26,9 @@ CLIPS: dict[str, tuple[str, dict[str, Any]]] = {
     "h264, odd width": ("i.mkv", {"size": (97, 161), "pix_fmt": "yuv444p"}),
     "h264, transport stream": ("j.ts", {"b_frames": 2}),
     "h264, matroska": ("k.mkv", {"b_frames": 2}),
+    "h264, matroska without index": ("k2.mkv", {"b_frames": 2, "container_options": {"live": "1"}}),
+    "h264, flash": ("k3.flv", {"b_frames": 2}),
+    "h264, elementary stream": ("k4.h264", {}),
     "h264, fragments": ("l.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
     "h264, sound": ("m.mp4", {"audio": True}),
     "h264, second of two streams": ("n.mp4", {"with_grey_stream": True}),
@@ -35,9 +38,54 @@ CLIPS: dict[str, tuple[str, dict[str, Any]]] = {
         "q.mp4",
         {"codec": "libx265", "options": {"x265-params": "keyint=12:bframes=3:b-adapt=0:scenecut=0:log-level=none"}},
     ),
+    "hevc, closed gop": (
+        "q2.mp4",
+        {"codec": "libx265", "options": {"x265-params": "keyint=12:open-gop=0:bframes=3:scenecut=0:log-level=none"}},
+    ),
+    "hevc, 10 bit, gop 250": (
+        "q3.mp4",
+        {"codec": "libx265", "pix_fmt": "yuv420p10le", "num_frames": 100, "options": {"x265-params": "log-level=none"}},
+    ),
+    "hevc, variable frame rate": (
+        "q4.mkv",
+        {
+            "codec": "libx265",
+            "times": [40 * i + 200 * (i // 7) for i in range(60)],
+            "options": {"x265-params": "keyint=12:bframes=3:log-level=none"},
+        },
+    ),
     "vp9": ("r.webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}),
+    "vp9, alternate references": (
+        "r2.webm",
+        {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"}},
+    ),
+    "vp9, variable frame rate": (
+        "r3.mp4",
+        {
+            "codec": "libvpx-vp9",
+            "times": [40 * i + 200 * (i // 7) for i in range(60)],
+            "options": {"deadline": "realtime", "cpu-used": "8"},
+        },
+    ),
+    # Preset 8, because faster ones leave changes of the code out.
+    "av1, open gop": ("x.mp4", {"codec": "libsvtav1", "options": {"preset": "8", "svtav1-params": "irefresh-type=1"}}),
+    "av1, closed gop": (
+        "x2.mkv",
+        {"codec": "libsvtav1", "options": {"preset": "8", "svtav1-params": "irefresh-type=2"}},
+    ),
+    "av1, 10 bit, gop 250": (
+        "x3.mp4",
+        {
+            "codec": "libsvtav1",
+            "pix_fmt": "yuv420p10le",
+            "gop": 250,
+            "num_frames": 100,
+            "options": {"preset": "8"},
+        },
+    ),
     "vp8": ("s.webm", {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}),
     "mpeg4": ("t.avi", {"codec": "mpeg4"}),
+    "mpeg4, gop 250": ("t2.mp4", {"codec": "mpeg4", "gop": 250, "num_frames": 100}),
     "mpeg4, B frames": ("u.mp4", {"codec": "mpeg4", "b_frames": 2}),
     "mpeg4, avi with B frames": ("v.avi", {"codec": "mpeg4", "b_frames": 2}),
     "mpeg2, program stream": ("w.mpg", {"codec": "mpeg2video", "b_frames": 2}),
@@ -100,7 +148,7 @@ def write_clip(
             stream.disposition = Disposition.default.value  # type: ignore[assignment]
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop
-        if "vp" not in codec:
+        if "vp" not in codec and "av1" not in codec:
             stream.codec_context.max_b_frames = b_frames
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -144,6 +192,9 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
     def write(name: str) -> str:
         file_name, arguments = CLIPS[name]
+        codec = arguments.get("codec", "libx264")
+        if codec not in av.codecs_available:
+            pytest.skip(f"this build of PyAV has no encoder {codec}")
         path = folder / file_name
         return str(path) if path.exists() else write_clip(path, **arguments)
 

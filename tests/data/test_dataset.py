@@ -1,5 +1,6 @@
 import pickle
 import re
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from octvideo.data.dataset import (
     read_list,
 )
 from octvideo.data.decode import open_video
+from octvideo.data.loader import Loader, TrainBatches
 
 TRAIN: dict[str, Any] = {
     "num_frames": 3,
@@ -386,3 +388,65 @@ def test_a_batch_prints_shapes_not_pixels() -> None:
     assert text == "Batch(clips=uint8 [1, 2, 3, 4, 5, 5], labels=[1], videos=[7], failed_videos=[8])"
     assert isinstance(collate([]), Batch)
     assert re.search(r"\[0, 0, 0, 0, 0, 0\]", repr(collate([])))
+
+
+# ---- memory over many files
+
+
+class Resident(torch.utils.data.Dataset[Sample]):
+    """A training set that tells the process's resident MiB, times 16, as its label."""
+
+    def __init__(self, samples: TrainDataset) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        sample = self.samples[key[0], key[1] % len(self.samples)]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return Sample(sample.clips[:, :, :1, :1, :1].clone(), pages * 4096 * 16 // 2**20, key[1])
+
+
+def soak(paths: list[str], tmp_path: Path, opens: int) -> float:
+    """MiB by which a worker grows over `opens` videos, after the first quarter of them."""
+    listed = write(tmp_path / "soak.txt", "".join(f"{path} 0\n" for path in paths))
+    videos = read_list(listed, num_classes=1)
+    samples = TrainDataset(
+        videos, num_frames=4, sampling_rate=2, target_fps=30, short_side=(64, 72), crop=56, flip=True, seed=0
+    )
+    batches = TrainBatches(len(videos), global_batch=len(videos), seed=0)
+    resident = []
+    loader = Loader(Resident(samples), batches, path_of=videos.path, num_workers=1)
+    for epoch in range(opens // len(videos)):
+        batches.set_epoch(epoch)
+        resident += [label / 16 for batch in loader for label in batch.labels.tolist()]
+    quarter = len(resident) // 4
+    return max(resident[-quarter:]) - max(resident[:quarter])
+
+
+SOAK = ("h264, gop 12, B frames", "hevc, open gop", "vp9", "mpeg4", "h264, variable frame rate")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_a_worker_does_not_grow_with_the_videos_it_opens(clip_file: Callable[[str], str], tmp_path: Path) -> None:
+    assert soak([clip_file(name) for name in SOAK], tmp_path, opens=600) < 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_many_thousand_opens(clip_file: Callable[[str], str], tmp_path: Path) -> None:
+    assert soak([clip_file(name) for name in SOAK], tmp_path, opens=12_000) < 12
+
+
+@pytest.mark.slow
+def test_a_million_lines_load_in_seconds_and_cost_tens_of_megabytes(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "l.txt", "".join(f"class_{i % 400}/video_{i:07d}.mp4 {i % 400}\n" for i in range(1_000_000))
+    )
+    started = time.process_time()
+    videos = read_list(path, num_classes=400, require_all_classes=True, check_files=False)
+    seconds = time.process_time() - started
+    held = len(videos.names) + videos.ends.nbytes + videos.labels.nbytes + videos.lines.nbytes
+    assert len(videos) == 1_000_000 and videos.path(999_999) == "class_399/video_0999999.mp4"
+    assert held < 60e6 and seconds < 20

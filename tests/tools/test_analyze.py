@@ -3,8 +3,13 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from datasets import motion
+from octvideo import build
+from octvideo.analysis.contact import LINE, MARGIN
 from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
 from tools import analyze
 
@@ -69,3 +74,24 @@ def test_a_typo_is_one_message() -> None:
     with contextlib.redirect_stderr(err):
         assert analyze.main(["complexity", "--cfg", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in err.getvalue()
+
+
+def test_a_picture_of_what_the_network_is_shown(tmp_path: Path) -> None:
+    motion.make(tmp_path / "motion", motion.Settings(train=1, val=1), workers=1)
+    lists = ["DATA.TRAIN_LIST", f"{tmp_path}/motion/train.txt", "DATA.VAL_LIST", f"{tmp_path}/motion/val.txt"]
+    lists += ["DATA.PREFIX", f"{tmp_path}/motion", "TEST.CLIPS", "2"]
+    cfg_path = str(ROOT / "configs/motion/oct_i3d_tiny.yaml")
+    out = str(tmp_path / "sheet.png")
+    said = say("clip", "--cfg", cfg_path, "--index", "5", "--out", out, "--epochs", "2", *lists)
+    assert "8 views of 8 x 64 x 64" in said  # 2 draws, 2 clips x 3 crops
+    sheet = np.asarray(Image.open(out))
+    cfg = build.load_config(cfg_path, lists)
+    clip = build.train_samples(cfg, build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=False))[1, 5].clips[0]
+    row = 2 * MARGIN + 64 + 2 * LINE  # the second one
+    for t in range(8):
+        left = MARGIN + t * (64 + MARGIN)
+        np.testing.assert_array_equal(sheet[row : row + 64, left : left + 64], clip[:, t].permute(1, 2, 0).numpy())
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert analyze.main(["clip", "--cfg", cfg_path, "--index", "8", *lists]) == 2
+    assert "train.txt: --index 8 is outside 0..7" in err.getvalue()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine import checkpoint
 from tools import run_net
 
@@ -244,6 +245,15 @@ def test_a_budget_that_is_spent_ends_the_training(videos: Path, tmp_path: Path) 
     error = run(arguments(videos, tmp_path / "out", *more), status=1)[1]
     assert "1 clips of this epoch could not be decoded" in error and "allows 0. Most often:" in error
     assert "bad.mp4" in error and "(1 x)" in error
+
+
+def test_a_decoder_that_is_not_installed(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str) -> None:
+        raise MissingDecoderError("the decoder torchcodec cannot be loaded; pip install torchcodec==0.13.0")
+
+    monkeypatch.setitem(BACKENDS, "torchcodec", missing)
+    error = run(arguments(videos, tmp_path / "out", "DATA.DECODER", "torchcodec"), status=2)[1]
+    assert error == "error: the decoder torchcodec cannot be loaded; pip install torchcodec==0.13.0\n"
 
 
 def test_an_evaluation_never_replaces(videos: Path, tmp_path: Path, trained: tuple[Path, str]) -> None:
