@@ -2,7 +2,7 @@
 """Speed, measured in turn in one process: medians with their spread.
 
 python tools/benchmark.py sources --out FOLDER
-    eight h264 clips of 340 x 256 pixels and 10 s to measure decoding on: short.txt (a keyframe every 12 frames) and
+    16 h264 clips of 340 x 256 pixels and 10 s to measure decoding on: short.txt (a keyframe every 12 frames) and
     long.txt (every 250)
 python tools/benchmark.py data  --cfg CONFIG [--decoders pyav,decord] [--workers 1,2,4] [KEY VALUE ...]
     training clips for each core and decoder, beside decord's and pytorchvideo's readers as they are usually called and
@@ -35,12 +35,14 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from torch import Tensor
 
 from octvideo import build
 from octvideo.config import ConfigError
+from octvideo.data import transforms
 from octvideo.data.dataset import ListError, VideoList
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.data.decode_pyav import PyAVVideo
@@ -99,6 +101,8 @@ def benchmark_data(options: argparse.Namespace) -> None:
     )
     _per_core(options, cfg, videos)
     print()
+    _ways(options, cfg, videos)
+    print()
     _per_workers(options, cfg, videos)
 
 
@@ -122,6 +126,62 @@ def _per_core(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> N
     ]
     header = [f"{span} frames' span", "clips/s per core", "min-max", "of decoding alone", "of decord, get_batch"]
     print(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+
+
+def _ways(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> None:
+    """What decoded frames of one clip cost on the way to the network, by several ways."""
+    path, rate = videos.path(0), cfg.DATA.SAMPLING_RATE
+    with PyAVVideo(path) as video:
+        span = [frame for _, frame in video.read(list(range(min(cfg.DATA.NUM_FRAMES * rate, video.num_frames))))]
+    sampled, crop = span[::rate][: cfg.DATA.NUM_FRAMES], cfg.DATA.TRAIN_CROP
+    side = sum(cfg.DATA.TRAIN_SHORT_SIDE) // 2
+    height, width = transforms.scaled_size(span[0].height, span[0].width, side)
+    inner = [round(crop * size / scaled) for size, scaled in ((span[0].height, height), (span[0].width, width))]
+
+    def cut(frames: Tensor, high: int, wide: int) -> Tensor:
+        return frames[:, :high, :wide]
+
+    ways: dict[str, Callable[[], object]] = {
+        "every frame of the span to RGB": lambda: _to_rgb(span),
+        "sampled frames to RGB": lambda: _to_rgb(sampled),
+        "sampled frames to RGB, scaled": lambda: transforms.scale_short_side(_to_rgb(sampled), side),
+        "sampled frames scaled and to RGB by FFmpeg": lambda: _to_rgb(sampled, width, height),
+        "sampled frames to RGB, scaled, cropped, copied out": lambda: transforms.to_clip(
+            cut(transforms.scale_short_side(_to_rgb(sampled), side), crop, crop)
+        ),
+        "sampled frames to RGB, cropped, scaled, copied out": lambda: transforms.to_clip(
+            transforms.scale_short_side(cut(_to_rgb(sampled), *inner), crop)
+        ),
+    }
+    entries = [Timed(name, partial(_ten_times, way), time.process_time) for name, way in ways.items()]
+    in_turn(entries, options.rounds)
+    rows = [
+        [entry.name, f"{1000 / statistics.median(entry.clips_per_s):.2f}", f"{1000 / max(entry.clips_per_s):.2f}-"]
+        for entry in entries
+    ]
+    for row, entry in zip(rows, entries, strict=True):
+        row[-1] += f"{1000 / min(entry.clips_per_s):.2f}"
+    header = [f"{len(sampled)} decoded frames of {span[0].width} x {span[0].height}", "ms", "min-max"]
+    print(tabulate(rows, header, tablefmt="github", disable_numparse=True))
+
+
+def _ten_times(way: Callable[[], object]) -> int:
+    for _ in range(10):
+        way()
+    return 10
+
+
+_REFORMATTER = VideoReformatter()
+
+
+def _to_rgb(frames: Sequence[av.VideoFrame], width: int | None = None, height: int | None = None) -> Tensor:
+    """uint8 [T, H, W, 3]; of another size if one is given, by FFmpeg's bilinear scaling."""
+    images = []
+    for frame in frames:
+        rgb = _REFORMATTER.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1)
+        rows = np.frombuffer(rgb.planes[0], np.uint8).reshape(rgb.height, rgb.planes[0].line_size)  # type: ignore[call-overload]
+        images.append(rows[:, : 3 * rgb.width])
+    return torch.from_numpy(np.stack(images)).unflatten(2, (-1, 3))
 
 
 def _clips(reader: Reader, videos: int) -> Callable[[], int]:
@@ -212,16 +272,14 @@ TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def _per_workers(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> None:
-    """The whole loader by the clock on the wall."""
+    """The whole loader by the clock on the wall. Small batches, because each is one worker's."""
     entries = []
-    for workers in options.workers:
-        own = build.load_config(options.cfg, [*options.overrides, "DATA.NUM_WORKERS", str(workers)])
-        loader = build.train_loader(own, videos, World(), torch.device("cpu"))
-        entries.append(Timed(f"{workers}", _epochs(loader)))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "This DataLoader will create"
-        )  # more workers than cores are the question here
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the question here
+        for workers in options.workers:
+            own = build.load_config(options.cfg, [*options.overrides, "DATA.NUM_WORKERS", str(workers)])
+            loader = build.train_loader(own, videos, World(), torch.device("cpu"))
+            entries.append(Timed(f"{workers}", _epochs(loader)))
         in_turn(entries, options.rounds)
     rows = [[entry.name, *entry.cells()] for entry in entries]
     print(
@@ -247,14 +305,14 @@ def write_sources(options: argparse.Namespace) -> None:
     """Textures that move, with grain: 0.5 to 0.7 Mbit/s, which is what Kinetics clips of this size have."""
     options.out.mkdir(parents=True, exist_ok=True)
     for name, gop in (("short", 12), ("long", 250)):
-        files = [options.out / f"{name}_{index}.mp4" for index in range(4)]
+        files = [options.out / f"{name}_{index}.mp4" for index in range(8)]
         for index, path in enumerate(files):
             if not path.exists():
                 _write_source(path, index, gop)
         lines = "".join(f"{path.name} {label}\n" for label, path in enumerate(files))
         write_atomic(options.out / f"{name}.txt", lines.encode())
-        megabits = sum(path.stat().st_size for path in files) * 8 / 4 / 10 / 1e6
-        print(f"{options.out}/{name}.txt: 4 clips, a keyframe every {gop} frames, {megabits:.2f} Mbit/s")
+        megabits = sum(path.stat().st_size for path in files) * 8 / len(files) / 10 / 1e6
+        print(f"{options.out}/{name}.txt: {len(files)} clips, a keyframe every {gop} frames, {megabits:.2f} Mbit/s")
 
 
 def _write_source(path: Path, seed: int, gop: int) -> None:

@@ -75,5 +75,5 @@ def test_sources_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(benchmark, "_write_source", lambda path, seed, gop: (calls.append((seed, gop)), path.touch()))
     for _ in range(2):
         assert main("sources", "--out", str(tmp_path / "x"))[0] == 0
-    assert calls == [(i, gop) for gop in (12, 250) for i in range(4)]
+    assert calls == [(i, gop) for gop in (12, 250) for i in range(8)]
     assert (tmp_path / "x" / "long.txt").read_text().splitlines()[3] == "long_3.mp4 3"
