@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
 from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
-from octvideo.engine.train import Progress, fit
+from octvideo.engine.train import Meter, Progress, Stopped, StopRequest, fit
 from octvideo.models import (
     NETWORKS,
     ResNetSpec,
@@ -301,17 +301,42 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     start = _starting_point(cfg, folder, model)
     place(cfg, model, device)
     sgd = optimizer(cfg, model)
-    progress = Progress()
     torch.manual_seed(cfg.SEED + 1 + world.rank)  # dropout differs between ranks; weights did not
+    begin = (start["step"], start["step_in_epoch"] > 0) if start else (0, False)
+    log = Log(folder, main=world.main, step=begin[0], in_epoch=begin[1])
+    allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
+    failures = FailureBudget(allowed, log, folder / "failed.txt")
+    progress, meter = Progress(), Meter(device, world)
     if start:
         sgd.load_state_dict(start["optimizer"])
-        progress = Progress(start["epoch"], start["step"])
-        _restore_random_state(start["random"], world)
-    log = Log(folder, main=world.main, step=progress.step)
-    allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
+        progress = Progress(start["epoch"], start["step"], start["step_in_epoch"])
+        failures.load_state_dict(start["failures"])
+        _restore_rank(start["ranks"], meter, world, log)
     _announce(cfg, log, world, device, len(videos), len(clips), progress)
     if world.main:
         checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
+
+    def save() -> None:
+        failures.share(progress.step)
+        ranks = gather_objects({"random": _random_state(device), "meter": meter.state_dict()})
+        if world.main:
+            state = {
+                **asdict(progress),
+                "model": model.state_dict(),
+                "optimizer": sgd.state_dict(),
+                "failures": failures.state_dict(),
+                "ranks": ranks,
+                "config": cfg.dump(),
+                "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
+            }
+            checkpoint.save(folder, progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
+
+    def after_step() -> None:
+        stopped = stop.agreed(device)
+        if stopped or (cfg.TRAIN.CHECKPOINT_STEPS and progress.step % cfg.TRAIN.CHECKPOINT_STEPS == 0):
+            save()
+        if stopped:
+            raise Stopped(stopped, progress.step)
 
     def after_epoch(values: dict[str, float]) -> None:
         last = progress.epoch == cfg.TRAIN.EPOCHS
@@ -327,25 +352,28 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             log.event("val", progress.step, {"epoch": progress.epoch, **_accuracy(result)})
         log.say(line)
         if last or progress.epoch % cfg.TRAIN.CHECKPOINT_PERIOD == 0:
-            _save(cfg, folder, model, sgd, progress, world, device)
+            save()
 
-    fit(
-        _parallel(model, world, device),
-        sgd,
-        clips,
-        progress=progress,
-        epochs=cfg.TRAIN.EPOCHS,
-        lr_at=learning_rate(cfg),
-        prepare=prepare_clips(cfg),
-        mix=mix(cfg, world),
-        failures=FailureBudget(allowed, log, folder / "failed.txt"),
-        loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
-        device=device,
-        world=world,
-        log=log,
-        log_period=cfg.TRAIN.LOG_PERIOD,
-        after_epoch=after_epoch,
-    )
+    with StopRequest() as stop:
+        fit(
+            _parallel(model, world, device),
+            sgd,
+            clips,
+            progress=progress,
+            meter=meter,
+            epochs=cfg.TRAIN.EPOCHS,
+            lr_at=learning_rate(cfg),
+            prepare=prepare_clips(cfg),
+            mix=mix(cfg, world),
+            loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
+            failures=failures,
+            device=device,
+            world=world,
+            log=log,
+            log_period=cfg.TRAIN.LOG_PERIOD,
+            after_step=after_step,
+            after_epoch=after_epoch,
+        )
     log.close()
 
 
@@ -479,28 +507,6 @@ def _weights_to_test(cfg: CfgNode, folder: Path) -> tuple[Path, dict[str, Any]]:
     return newest
 
 
-def _save(
-    cfg: CfgNode,
-    folder: Path,
-    model: nn.Module,
-    sgd: torch.optim.Optimizer,
-    progress: Progress,
-    world: World,
-    device: torch.device,
-) -> None:
-    random = gather_objects(_random_state(device))
-    if world.main:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": sgd.state_dict(),
-            "epoch": progress.epoch,
-            "random": random,
-            "config": cfg.dump(),
-            "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
-        }
-        checkpoint.save(folder, progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
-
-
 def _random_state(device: torch.device) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -508,13 +514,27 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def _restore_random_state(states: list[dict[str, Tensor]], world: World) -> None:
-    """Each rank's own state; with another number of ranks the seeds of a start stay, and dropout draws differ."""
-    if len(states) != world.size:
+def _restore_rank(ranks: list[dict[str, Any]], meter: Meter, world: World, log: Log) -> None:
+    """Each rank's own random state and sums. With another number of ranks, dropout draws differ, and nothing else."""
+    if len(ranks) != world.size:
+        log.say(
+            f"the checkpoint is of {len(ranks)} process(es), this run has {world.size}: clips, order and learning rate "
+            "stay the same; dropout and mixup draw otherwise, and norms see other shares of a batch"
+        )
+        if world.main:
+            meter.load_state_dict(_summed([rank["meter"] for rank in ranks]))
         return
-    torch.set_rng_state(states[world.rank]["cpu"])
-    if "cuda" in states[world.rank] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[world.rank]["cuda"])
+    meter.load_state_dict(ranks[world.rank]["meter"])
+    random = ranks[world.rank]["random"]
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def _summed(meters: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {value: sum(meter[name][value] for meter in meters) for value in sums} for name, sums in meters[0].items()
+    }
 
 
 def _parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
@@ -546,7 +566,8 @@ def _announce(
         f"{cfg.SOLVER.BASE_LR * batch / cfg.SOLVER.BASE_BATCH:.4g} at {batch}; "
         f"{cfg.SOLVER.SCHEDULE}, starting at {lr(0):.4g}"
     )
-    if progress.epoch:
-        log.say(f"going on after epoch {progress.epoch} (step {progress.step})")
+    if progress.step:
+        part = f" and {progress.step_in_epoch} steps of the next" if progress.step_in_epoch else ""
+        log.say(f"going on after epoch {progress.epoch}{part} (step {progress.step})")
     run = {"params": clip.params, "macs": clip.macs.total, "world_size": world.size, "videos": videos, "steps": steps}
     log.event("run", progress.step, run)

@@ -82,6 +82,7 @@ def defaults() -> CfgNode:
     cfg.TRAIN.EPOCHS = 196  # passes over the training list
     cfg.TRAIN.VAL_PERIOD = 1  # epochs between validations; 0: none. The last epoch is always validated otherwise
     cfg.TRAIN.CHECKPOINT_PERIOD = 1  # epochs between checkpoints; the last epoch always leaves one
+    cfg.TRAIN.CHECKPOINT_STEPS = 0  # steps between checkpoints within an epoch as well; 0: none
     cfg.TRAIN.KEEP_CHECKPOINTS = 3  # newest ones kept, >= 1
     cfg.TRAIN.RESUME = "none"  # none (refuses a folder with checkpoints), auto (newest whole one, else start) or a file
     cfg.TRAIN.INIT = (
@@ -172,7 +173,7 @@ def check(
     require(bool(cfg.OUTPUT_DIR), "OUTPUT_DIR", "a folder, e.g. OUTPUT_DIR runs/first")
     at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
-    at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP")
+    at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CHECKPOINT_STEPS")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")

@@ -17,14 +17,15 @@ from octvideo.data.loader import LoaderError
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import DistributedError, World
 from octvideo.engine.failures import BudgetError
-from octvideo.engine.train import TrainingError
+from octvideo.engine.train import Stopped, TrainingError
 
 MISTAKES = (ConfigError, ListError, MissingDecoderError)
 FAILURES = (DecodeError, LoaderError, CheckpointError, DistributedError, TrainingError, BudgetError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    """Returns the exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 128 + N saved and
+    stopped by signal N (SIGTERM, SIGUSR1)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--cfg", required=True, metavar="CONFIG", help="YAML file, e.g. configs/motion/oct_i3d_tiny.yaml"
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"{stop}; saved there, TRAIN.RESUME auto goes on", file=sys.stderr)
+        return 128 + stop.signal_number
     except KeyboardInterrupt:
         print("interrupted; TRAIN.RESUME auto goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -113,6 +115,7 @@ class Loader:
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # its own: else every epoch draws from the global one
         )
 
@@ -125,6 +128,8 @@ class Loader:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader "):
                 raise  # an exception in a dataset; what follows is about the workers themselves
+            for process in multiprocessing.active_children():
+                process.kill()  # the run ends here, and a worker that hangs in native code answers to nothing else
             hanging = "timed out" in str(error)
             what = f"no batch within DATA.TIMEOUT_S {self.timeout_s:g} s" if hanging else "a decoding worker died"
             raise LoaderError(f"{what}; {self._reading()}") from error
@@ -139,6 +144,12 @@ class Loader:
         return (
             "workers have been reading, for\n  " + "\n  ".join(lines) + "\ntake the first off the list, or look at it"
         )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster signals every process of a job. The training process decides what to do; it needs its workers for that."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Watched(Dataset[Sample]):

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-FORMAT = 1
+FORMAT = 2  # 2: holds the place within an epoch
 _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 
 

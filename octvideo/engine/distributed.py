@@ -76,6 +76,13 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The largest over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from octvideo.engine.distributed import gather_objects
 from octvideo.engine.log import Log
@@ -39,6 +39,13 @@ class FailureBudget:
     def begin_epoch(self) -> None:
         self.counts: Counter[int] = Counter()  # by video, over all ranks
         self.own: list[Failure] = []  # of this rank, not yet told to the others
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint in mid-epoch, after `share`."""
+        return {"counts": dict(self.counts), "reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts, self.reasons = Counter(state["counts"]), dict(state["reasons"])
 
     def add(self, failures: Sequence[Failure], step: int) -> None:
         """Take a batch's failures. Raises BudgetError where this rank alone has spent the budget."""

@@ -18,25 +18,28 @@ class Log:
     """metrics.jsonl and TensorBoard in `folder`; writes on the main rank only.
 
     step: the step that training goes on from (0: a start); events of later steps, left by a run that died, are taken
-    out, so that the history has each step once. None adds to the history as it is.
+    out, so that the history has each step once. None adds to the history as it is. in_epoch: that step is within an
+    epoch, or its last one, so what was said at the epoch's end will be said again.
     """
 
-    def __init__(self, folder: Path, *, main: bool, step: int | None = None) -> None:
+    def __init__(self, folder: Path, *, main: bool, step: int | None = None, in_epoch: bool = False) -> None:
         self.main = main
         self.path = folder / "metrics.jsonl"
         self.board: SummaryWriter | None = None
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             if step is not None:
-                self._forget_after(step)
+                self._forget_after(step, in_epoch)
             purge_step = None if step is None else step + 1
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
-    def _forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int, in_epoch: bool) -> None:
         if not self.path.exists():
             return
         lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if step and _step_of(line) <= step]
+        again = ("epoch", "val") if in_epoch else ()
+        places = [(line, *_place_of(line)) for line in lines]
+        kept = [line for line, at, kind in places if step and (at < step or (at == step and kind not in again))]
         write_atomic(self.path, "".join(kept).encode())
 
     def event(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -73,9 +76,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _step_of(line: str) -> int:
-    """The step of a line of metrics.jsonl; a line cut off by a kill sorts behind everything, so it is dropped."""
+def _place_of(line: str) -> tuple[int, str]:
+    """Step and kind of a line of metrics.jsonl; a line cut off by a kill sorts behind everything, so it is dropped."""
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        return int(record["step"]), str(record["event"])
     except (ValueError, KeyError, TypeError):
-        return sys.maxsize
+        return sys.maxsize, ""

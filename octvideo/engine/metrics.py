@@ -31,6 +31,12 @@ class Mean:
     def value(self) -> float:
         return float(self.total) / self.count if self.count else float("nan")
 
+    def state_dict(self) -> dict[str, float]:
+        return {"total": float(self.total), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.total, self.count = state["total"], int(state["count"])
+
     def pair(self, device: torch.device) -> Tensor:
         """[total, count] for summing over ranks."""
         return torch.tensor([float(self.total), float(self.count)], dtype=torch.float64, device=device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from octvideo.engine.distributed import World, all_reduce
+from octvideo.engine.distributed import World, all_reduce, all_reduce_max
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log, bar, duration
 from octvideo.engine.metrics import Mean, topk_correct
@@ -36,7 +38,7 @@ class ClipBatch(Protocol):
 
 
 class EpochLoader(Protocol):
-    """A loader of ClipBatch whose batch sampler takes the epoch."""
+    """A loader of ClipBatch. Its batch sampler takes the epoch and the step to begin at; its length is the steps left."""
 
     batch_sampler: Any
 
@@ -45,10 +47,43 @@ class EpochLoader(Protocol):
 
 @dataclass
 class Progress:
-    """Epochs and steps done."""
+    """Epochs and steps done, and the steps done of the epoch that is not."""
 
     epoch: int = 0
     step: int = 0
+    step_in_epoch: int = 0
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and has saved where it is."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}")
+
+
+class StopRequest:
+    """Notes a signal, so that the loop can end between two steps. A second one of the same kind ends the process."""
+
+    def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+        self.signals, self.received = signals, 0
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank received, on all of them; 0: none."""
+        return int(all_reduce_max(torch.tensor(self.received, device=device)))
 
 
 def train_step(
@@ -70,6 +105,7 @@ def fit(
     loader: EpochLoader,
     *,
     progress: Progress,
+    meter: Meter,
     epochs: int,
     lr_at: Callable[[float], float],
     prepare: Callable[[Tensor], Tensor],
@@ -80,47 +116,59 @@ def fit(
     world: World,
     log: Log,
     log_period: int,
+    after_step: Callable[[], None],
     after_epoch: Callable[[dict[str, float]], None],
 ) -> None:
-    """Train from `progress` to `epochs`, updating `progress`.
+    """Train from `progress` to `epochs`, updating `progress`, `meter` and `failures`: what a checkpoint in mid-epoch holds.
 
     lr_at: epochs done, with fractions -> learning rate. prepare: uint8 clips on the device -> network input.
     mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
-    after_epoch: called with the epoch's numbers when progress has moved on (validation, checkpoint).
-    failures: takes those of clips that were replaced. Raises BudgetError where there are too many, TrainingError for a
-    clip that could not even be replaced or a loss that is not finite.
+    after_step: called when progress has moved on (checkpoint, stop). after_epoch: with the epoch's numbers (validation,
+    checkpoint). failures: takes those of clips that were replaced. Raises BudgetError where there are too many,
+    TrainingError for a clip that could not even be replaced or a loss that is not finite.
     """
-    first = progress.epoch
+    first = progress.epoch + progress.step_in_epoch / max(1, _steps(loader, progress.epoch, 0))
     started = time.perf_counter()
-    for epoch in range(first, epochs):
-        loader.batch_sampler.set_epoch(epoch)
-        failures.begin_epoch()
+    for epoch in range(progress.epoch, epochs):
+        steps = _steps(loader, epoch, 0)
+        loader.batch_sampler.set_epoch(epoch, progress.step_in_epoch)
+        if not progress.step_in_epoch:
+            failures.begin_epoch()
+            meter.begin_epoch()
+        meter.start_clock()
         model.train()
-        meter = _Meter(device, world)
-        steps = len(loader.batch_sampler) if isinstance(loader.batch_sampler, Sized) else 0
         with bar(steps, f"epoch {epoch + 1}/{epochs}", unit="step", main=world.main) as shown:
-            for index, batch in enumerate(meter.timed(loader)):
+            shown.update(progress.step_in_epoch)
+            for batch in meter.timed(loader):
                 if batch.errors:
                     raise TrainingError(batch.errors[0])
                 failures.add(batch.replaced, progress.step)
                 clips = prepare(batch.clips.flatten(0, 1).to(device, non_blocking=True))
                 labels = batch.labels.to(device, non_blocking=True)
-                lr = lr_at(epoch + index / steps)
+                lr = lr_at(epoch + progress.step_in_epoch / steps)
                 clips, targets = mix(clips, labels, progress.step)
                 value, logits = train_step(model, optimizer, clips, targets, lr, loss)
                 progress.step += 1
+                progress.step_in_epoch += 1
+                done = epoch + progress.step_in_epoch / steps
                 meter.add(value, topk_correct(logits, labels, 1).sum(), len(labels))
-                if progress.step % log_period == 0 or index + 1 == steps:
+                if progress.step % log_period == 0 or progress.step_in_epoch == steps:
                     failures.share(progress.step)
-                    values = {"epoch": epoch + (index + 1) / steps, "lr": lr, **meter.since_last()}
+                    values = {"epoch": done, "lr": lr, **meter.since_last()}
                     _require_finite(values["loss"], progress.step)
                     log.event("train", progress.step, values)
-                done = epoch - first + (index + 1) / steps
-                eta = (time.perf_counter() - started) / done * (epochs - first - done)
+                eta = (time.perf_counter() - started) / (done - first) * (epochs - done)
                 shown.set_postfix_str(f"{meter.line()}, whole run {duration(eta)} left", refresh=False)
                 shown.update()
-        progress.epoch = epoch + 1
+                after_step()
+        progress.epoch, progress.step_in_epoch = epoch + 1, 0
         after_epoch({"lr": lr_at(epoch), **meter.epoch()})
+
+
+def _steps(loader: EpochLoader, epoch: int, start_step: int) -> int:
+    """Steps of an epoch from start_step on."""
+    loader.batch_sampler.set_epoch(epoch, start_step)
+    return len(loader.batch_sampler)
 
 
 def _require_finite(loss: float, step: int) -> None:
@@ -128,16 +176,35 @@ def _require_finite(loss: float, step: int) -> None:
         raise TrainingError(f"the loss is {loss} near step {step}; lower SOLVER.BASE_LR or lengthen the warm-up")
 
 
-class _Meter:
+class Meter:
     """Loss, accuracy, speed and data wait of an epoch, and of the part since the last line."""
 
     def __init__(self, device: torch.device, world: World) -> None:
         self.device, self.world = device, world
-        self.wait = 0.0
-        self.started = time.perf_counter()
+        self.begin_epoch()
+        self.start_clock()
+
+    def begin_epoch(self) -> None:
         self.loss, self.correct = Mean(), Mean()
-        self.part = (Mean(), Mean(), self.started, 0.0)
+        self.part_loss, self.part_correct = Mean(), Mean()
+
+    def start_clock(self) -> None:
+        """Times are of this process: what an earlier one took is not known to it."""
+        self.wait = self.part_waited = 0.0
+        self.started = self.part_started = time.perf_counter()
+        self.before = self.loss.count
+        self.part_before = self.part_loss.count
         self.shown = ("", 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of this rank."""
+        return {name: getattr(self, name).state_dict() for name in self._SUMS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._SUMS:
+            getattr(self, name).load_state_dict(state[name])
+
+    _SUMS = ("loss", "correct", "part_loss", "part_correct")
 
     def timed(self, loader: EpochLoader) -> Any:
         """The batches of the loader; the time spent waiting for them adds up in `wait`."""
@@ -151,29 +218,33 @@ class _Meter:
             yield batch
 
     def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
-        for mean, total in ((self.loss, loss * count), (self.correct, correct)):
-            mean.add(total, count)
-        self.part[0].add(loss * count, count)
-        self.part[1].add(correct, count)
+        for losses, right in ((self.loss, self.correct), (self.part_loss, self.part_correct)):
+            losses.add(loss * count, count)
+            right.add(correct, count)
 
     def since_last(self) -> dict[str, float]:
         """Numbers over all ranks since the last call."""
-        loss, correct, started, waited = self.part
-        values = self._numbers(loss, correct, time.perf_counter() - started, self.wait - waited)
-        self.part = (Mean(), Mean(), time.perf_counter(), self.wait)
+        now, clips = time.perf_counter(), self.part_loss.count - self.part_before
+        values = self._numbers(
+            self.part_loss, self.part_correct, clips, now - self.part_started, self.wait - self.part_waited
+        )
+        self.part_loss, self.part_correct = Mean(), Mean()
+        self.part_started, self.part_waited, self.part_before = now, self.wait, 0
         return values
 
     def epoch(self) -> dict[str, float]:
         """Numbers over all ranks since the epoch began."""
-        return self._numbers(self.loss, self.correct, time.perf_counter() - self.started, self.wait)
+        seconds = time.perf_counter() - self.started
+        return self._numbers(self.loss, self.correct, self.loss.count - self.before, seconds, self.wait)
 
-    def _numbers(self, loss: Mean, correct: Mean, seconds: float, wait: float) -> dict[str, float]:
+    def _numbers(self, loss: Mean, correct: Mean, clips: int, seconds: float, wait: float) -> dict[str, float]:
+        """clips: those of this process, in these seconds."""
         sums = all_reduce(torch.stack([loss.pair(self.device), correct.pair(self.device)]))
         count = float(sums[0, 1])
         return {
             "loss": float(sums[0, 0]) / count,
             "top1": 100.0 * float(sums[1, 0]) / count,
-            "clips_per_s": count / seconds,
+            "clips_per_s": clips * self.world.size / seconds,
             "data_wait": wait / seconds,
         }
 
@@ -183,7 +254,7 @@ class _Meter:
         text, read = self.shown
         if now - read > 0.5:
             seconds = now - self.started
-            speed = self.loss.count * self.world.size / seconds
+            speed = (self.loss.count - self.before) * self.world.size / seconds
             text = (
                 f"loss {self.loss.value():.3f}, top-1 {100 * self.correct.value():.1f} %, {speed:.1f} clips/s, "
                 f"data wait {100 * self.wait / seconds:.0f} %"

@@ -39,6 +39,16 @@ def test_going_on_from_a_step_forgets_what_a_dead_run_did_after_it(tmp_path: Pat
     assert [(s.step, s.value) for s in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+def test_the_end_of_an_epoch_that_was_not_saved_is_said_again(tmp_path: Path) -> None:
+    for in_epoch, kept in ((True, ["train"]), (False, ["train", "epoch", "val"])):
+        log = Log(tmp_path / str(in_epoch), main=True, step=0)
+        for kind in ("train", "epoch", "val"):
+            log.event(kind, 4, {"loss": 1.0})
+        log.close()
+        Log(tmp_path / str(in_epoch), main=True, step=4, in_epoch=in_epoch).close()
+        assert [e["event"] for e in events(tmp_path / str(in_epoch))] == kept
+
+
 def test_a_test_alone_leaves_the_history_alone(tmp_path: Path) -> None:
     log = Log(tmp_path, main=True, step=0)
     log.event("train", 9, {"loss": 1.0})

@@ -1,3 +1,5 @@
+import os
+import signal
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from octvideo.engine.distributed import World
 from octvideo.engine.failures import BudgetError, FailureBudget
 from octvideo.engine.log import Log
-from octvideo.engine.train import Progress, TrainingError, fit, train_step
+from octvideo.engine.train import Meter, Progress, Stopped, StopRequest, TrainingError, fit, train_step
 
 CPU = torch.device("cpu")
 
@@ -42,24 +44,25 @@ class Batch:
 
 
 class Batches:
-    """Two steps of four videos an epoch; remembers the epochs asked for."""
+    """The steps that a loader has; remembers where epochs began."""
 
-    def __init__(self) -> None:
-        self.epochs: list[int] = []
+    def __init__(self, steps: int) -> None:
+        self.steps, self.started, self.start_step = steps, [], 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epochs.append(epoch)
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
-        return 2
+        return self.steps - self.start_step
 
 
 class Loader:
     def __init__(self, *batches: Batch) -> None:
-        self.batches, self.batch_sampler = batches, Batches()
+        self.batches, self.batch_sampler = batches, Batches(len(batches))
 
     def __iter__(self):
-        return iter(self.batches)
+        self.batch_sampler.started.append((self.batch_sampler.epoch, self.batch_sampler.start_step))
+        return iter(self.batches[self.batch_sampler.start_step :])
 
 
 def batch(value: float = 1.0) -> Batch:
@@ -71,8 +74,16 @@ def keep(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    loader: Loader, progress: Progress, tmp_path, epochs: int = 3, mix=keep, allowed: int = 0
+    loader: Loader,
+    progress: Progress,
+    tmp_path,
+    epochs: int = 3,
+    mix=keep,
+    allowed: int = 0,
+    meter: Meter | None = None,
+    after_step=lambda: None,
 ) -> tuple[list[dict], list[float]]:
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     ended, rates = [], []
 
@@ -86,6 +97,7 @@ def run(
         torch.optim.SGD(net.parameters(), lr=1.0),
         loader,
         progress=progress,
+        meter=meter or Meter(CPU, World()),
         epochs=epochs,
         lr_at=lr_at,
         prepare=lambda clips: clips,
@@ -96,6 +108,7 @@ def run(
         failures=FailureBudget(allowed, log, tmp_path / "failed.txt"),
         log=log,
         log_period=1,
+        after_step=after_step,
         after_epoch=lambda values: ended.append({"epoch": progress.epoch, "step": progress.step, **values}),
     )
     return ended, rates
@@ -105,7 +118,7 @@ def test_fit_counts_epochs_and_steps_and_moves_the_rate_every_step(tmp_path) -> 
     loader = Loader(batch(), batch())
     ended, rates = run(loader, Progress(), tmp_path)
     assert [(e["epoch"], e["step"]) for e in ended] == [(1, 2), (2, 4), (3, 6)]
-    assert loader.batch_sampler.epochs == [0, 1, 2]
+    assert loader.batch_sampler.started == [(0, 0), (1, 0), (2, 0)]
     assert {0.0, 0.5, 1.0, 1.5, 2.0, 2.5} == set(rates)
     assert ended[0]["top1"] in {0.0, 25.0, 50.0, 75.0, 100.0} and ended[0]["clips_per_s"] > 0
 
@@ -114,7 +127,7 @@ def test_fit_goes_on_where_progress_says(tmp_path) -> None:
     loader = Loader(batch(), batch())
     ended, _ = run(loader, Progress(epoch=2, step=4), tmp_path)
     assert [(e["epoch"], e["step"]) for e in ended] == [(3, 6)]
-    assert loader.batch_sampler.epochs == [2]
+    assert loader.batch_sampler.started == [(2, 0)]
 
 
 def test_a_clip_that_cannot_be_decoded_stops_the_run_with_its_reason(tmp_path) -> None:
@@ -166,3 +179,37 @@ def test_a_spent_budget_ends_the_run_and_names_the_worst_files(tmp_path) -> None
     )
     with pytest.raises(BudgetError, match=message):
         run(Loader(failing(3, 3), failing(3, 4)), Progress(), tmp_path / "stops", allowed=3)
+
+
+def test_fit_goes_on_in_mid_epoch_with_its_sums(tmp_path) -> None:
+    """Stopped behind the second of three steps and gone on, the epoch's numbers are those of one go."""
+    batches = [batch(0.5), batch(1.0), batch(2.0)]
+    whole, _ = run(Loader(*batches), Progress(), tmp_path / "whole", epochs=1)
+    progress, meter, kept = Progress(), Meter(CPU, World()), {}
+
+    def stop() -> None:
+        if progress.step == 2:
+            kept.update(meter.state_dict())
+            raise Stopped(signal.SIGTERM, progress.step)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 2"):
+        run(Loader(*batches), progress, tmp_path / "parts", epochs=1, meter=meter, after_step=stop)
+    assert (progress.epoch, progress.step, progress.step_in_epoch) == (0, 2, 2)
+    again = Meter(CPU, World())
+    again.load_state_dict(kept)
+    loader = Loader(*batches)
+    ended, rates = run(loader, progress, tmp_path / "parts", epochs=1, meter=again)
+    assert loader.batch_sampler.started == [(0, 2)] and rates[0] == pytest.approx(2 / 3)
+    assert (ended[0]["epoch"], ended[0]["step"]) == (1, 3)
+    # the weights of the second part are fresh here, so only what was summed before can be compared: two of three steps
+    assert again.loss.count == 12 and whole[0]["loss"] > 0
+
+
+def test_a_stop_request_notes_the_first_signal_and_leaves_the_second_to_the_system() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert stop.agreed(CPU) == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed(CPU) == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) == before

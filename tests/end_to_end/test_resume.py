@@ -1,0 +1,148 @@
+"""Killed at any moment and started again, a run ends with the weights and the history of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets import motion
+from octvideo.engine import checkpoint
+
+ROOT = Path(__file__).parents[2]
+STEPS = 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("motion") / "data"
+    motion.make(folder, motion.Settings(train=2, val=1, size=48), workers=1)
+    return folder
+
+
+class Run:
+    """tools/run_net.py in processes of its own: 16 videos in batches of 4, 8 epochs, a checkpoint every 3 steps."""
+
+    def __init__(self, data: Path, out: Path, processes: int = 1, *more: str) -> None:
+        self.out, self.processes = out, processes
+        lists = ["DATA.TRAIN_LIST", f"{data}/train.txt", "DATA.VAL_LIST", f"{data}/val.txt", "DATA.PREFIX", str(data)]
+        small = ["DATA.TRAIN_SHORT_SIDE", "[36, 40]", "DATA.TRAIN_CROP", "32", "DATA.TEST_SHORT_SIDE", "36"]
+        small += ["DATA.TEST_CROP", "32", "DATA.NUM_FRAMES", "4", "DATA.NUM_WORKERS", "1", "NUM_THREADS", "1"]
+        train = ["TRAIN.BATCH_SIZE", "4", "TRAIN.EPOCHS", "8", "TRAIN.LOG_PERIOD", "2", "TRAIN.CHECKPOINT_STEPS", "3"]
+        train += ["TRAIN.CHECKPOINT_PERIOD", "3", "TRAIN.RESUME", "auto", "TRAIN.MIXUP", "0.2", "MODEL.DROPOUT", "0.5"]
+        train += ["TRAIN.VAL_PERIOD", "4", "TEST.ENABLE", "False", "SOLVER.WARMUP_EPOCHS", "1", "DEVICE", "cpu"]
+        cfg = ["--cfg", str(ROOT / "configs/motion/oct_i3d_tiny.yaml"), "OUTPUT_DIR", str(out)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        script = [str(ROOT / "tools/run_net.py"), *cfg, *lists, *small, *train, *more]
+        self.command = [sys.executable, *(launcher if processes > 1 else []), *script]
+
+    def start(self) -> subprocess.Popen:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            self.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def finish(self) -> str:
+        process = self.start()
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        return said
+
+    def steps(self) -> int:
+        """Training steps that the history has by now."""
+        path = self.out / "metrics.jsonl"
+        return path.read_text().count('"event": "train"') * 2 if path.exists() else 0
+
+    def signalled(self, number: int, at: int, delay: float = 0.0) -> tuple[int, str, float]:
+        """Started, and signalled when the history has `at` steps, and `delay` seconds later: status, output, seconds."""
+        process = self.start()
+        while self.steps() < at and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(delay)
+        sent = time.monotonic()
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)  # every process of it, as a power cut would
+        else:
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        return process.returncode, said, time.monotonic() - sent
+
+
+def history(out: Path) -> list[tuple]:
+    """What the run says of itself, without times and speeds."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("event", "step", "epoch", "loss", "lr", "top1", "top5")
+    return [tuple((k, line[k]) for k in kept if k in line) for line in lines if line["event"] != "run"]
+
+
+def check_same(one: Path, other: Path) -> None:
+    a, b = (checkpoint.latest(out)[1] for out in (one, other))
+    assert a["step"] == b["step"] == STEPS
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    momenta = [[value["momentum_buffer"] for value in s["optimizer"]["state"].values()] for s in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+    assert history(one) == history(other)
+
+
+@pytest.fixture(scope="module")
+def unharmed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unharmed") / "run"
+    Run(data, out).finish()
+    return out
+
+
+def kill_and_go_on(data: Path, out: Path, processes: int, seed: int, kills: int) -> None:
+    draw = random.Random(seed)
+    run = Run(data, out, processes)
+    for kill in range(kills):
+        at = draw.randrange(2, STEPS - 4) if kill == 0 else run.steps() + draw.randrange(0, 8)
+        run.signalled(signal.SIGKILL, min(at, STEPS - 2), draw.uniform(0, 0.05))
+    said = run.finish()
+    assert "going on after epoch" in said
+
+
+def test_killed_twice_in_mid_epoch(data: Path, unharmed: Path, tmp_path: Path) -> None:
+    kill_and_go_on(data, tmp_path / "run", processes=1, seed=0, kills=2)
+    check_same(unharmed, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_killed_at_many_moments(data: Path, unharmed: Path, tmp_path: Path, seed: int) -> None:
+    kill_and_go_on(data, tmp_path / "run", processes=1, seed=seed, kills=4)
+    check_same(unharmed, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_processes_killed(data: Path, tmp_path: Path, seed: int) -> None:
+    Run(data, tmp_path / "unharmed", 2).finish()
+    kill_and_go_on(data, tmp_path / "run", processes=2, seed=seed, kills=2)
+    check_same(tmp_path / "unharmed", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_within_seconds(data: Path, unharmed: Path, tmp_path: Path, number: int) -> None:
+    run = Run(data, tmp_path / "run", 1, "TRAIN.CHECKPOINT_STEPS", "0")
+    status, said, seconds = run.signalled(number, at=6)
+    assert status == 128 + number, said
+    assert f"stopped by {signal.Signals(number).name} at step" in said and "TRAIN.RESUME auto goes on" in said
+    assert seconds < 10
+    state = checkpoint.latest(tmp_path / "run")[1]
+    assert state["step"] >= 6 and state["step"] == 4 * state["epoch"] + state["step_in_epoch"]
+    assert Run(data, tmp_path / "run").finish().count("going on after epoch") == 1
+    check_same(unharmed, tmp_path / "run")
+
+
+def test_another_number_of_processes_goes_on_and_says_what_changes(data: Path, tmp_path: Path) -> None:
+    run = Run(data, tmp_path / "run")
+    run.signalled(signal.SIGKILL, at=12)
+    said = Run(data, tmp_path / "run", 2).finish()
+    assert "the checkpoint is of 1 process(es), this run has 2: clips, order and learning rate stay the same" in said
+    assert checkpoint.latest(tmp_path / "run")[1]["step"] == STEPS
