@@ -36,7 +36,8 @@ from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
 from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
-from octvideo.engine.train import Meter, Progress, Stopped, StopRequest, fit
+from octvideo.engine.nonfinite import NonFinite
+from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, fit
 from octvideo.models import (
     NETWORKS,
     ResNetSpec,
@@ -278,6 +279,11 @@ def mix(cfg: CfgNode, world: World) -> Callable[[Tensor, Tensor, int], tuple[Ten
     return mixed
 
 
+def precision(cfg: CfgNode) -> Precision:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.TRAIN.DTYPE]
+    return Precision(cfg.TRAIN.ACCUMULATE, cfg.SOLVER.CLIP_NORM, dtype)
+
+
 def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     return optim.sgd(
         model,
@@ -292,6 +298,10 @@ def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
 def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     """Train to TRAIN.EPOCHS, leaving checkpoints and metrics in OUTPUT_DIR."""
     folder = Path(cfg.OUTPUT_DIR)
+    if cfg.TRAIN.DTYPE != "float32" and device.type == "cpu":
+        # torch 2.13 (oneDNN): the weight gradient of a 3x1x1 convolution over 2 frames reads memory nobody wrote
+        problem = f"TRAIN.DTYPE {cfg.TRAIN.DTYPE} on a CPU gives gradients that are not numbers; use float32, or a GPU"
+        raise ConfigError(cfg.MODEL.NAME, [problem])
     videos = video_list(cfg, cfg.DATA.TRAIN_LIST, training=True)
     clips = train_loader(cfg, videos, world, device)
     validate = _validation(cfg, world, device) if cfg.TRAIN.VAL_PERIOD else None
@@ -306,11 +316,13 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     log = Log(folder, main=world.main, step=begin[0], in_epoch=begin[1])
     allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
     failures = FailureBudget(allowed, log, folder / "failed.txt")
+    nonfinite = NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log)
     progress, meter = Progress(), Meter(device, world)
     if start:
         sgd.load_state_dict(start["optimizer"])
         progress = Progress(start["epoch"], start["step"], start["step_in_epoch"])
         failures.load_state_dict(start["failures"])
+        nonfinite.skipped = start["nonfinite_steps"]
         _restore_rank(start["ranks"], meter, world, log)
     _announce(cfg, log, world, device, len(videos), len(clips), progress)
     if world.main:
@@ -325,6 +337,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
                 "model": model.state_dict(),
                 "optimizer": sgd.state_dict(),
                 "failures": failures.state_dict(),
+                "nonfinite_steps": nonfinite.skipped,
                 "ranks": ranks,
                 "config": cfg.dump(),
                 "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
@@ -366,7 +379,9 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             prepare=prepare_clips(cfg),
             mix=mix(cfg, world),
             loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
+            precision=precision(cfg),
             failures=failures,
+            nonfinite=nonfinite,
             device=device,
             world=world,
             log=log,

@@ -91,6 +91,9 @@ def defaults() -> CfgNode:
     cfg.TRAIN.NEW_HEAD = False  # with INIT: the classifier starts anew (fine-tuning on other classes)
     cfg.TRAIN.LABEL_SMOOTHING = 0.0  # share of the target spread over all classes, 0 to below 1
     cfg.TRAIN.MIXUP = 0.0  # alpha of the Beta distribution that mixes pairs of clips and labels; 0: none
+    cfg.TRAIN.ACCUMULATE = 1  # parts that each process takes its batch in, for less memory; norms see the parts apart
+    cfg.TRAIN.DTYPE = "float32"  # of convolutions in training: float32, or on GPUs bfloat16 (weights stay float32)
+    cfg.TRAIN.MAX_NONFINITE = 0  # steps of the run that may be skipped because loss or gradient are not finite
     cfg.TRAIN.LOG_PERIOD = 10  # steps between training lines in metrics.jsonl
 
     cfg.TEST = CfgNode()
@@ -107,6 +110,7 @@ def defaults() -> CfgNode:
     cfg.SOLVER.MILESTONES = []  # steps: epochs at which the learning rate falls to a tenth, ascending
     cfg.SOLVER.WARMUP_EPOCHS = 34.0  # cosine: linear from WARMUP_LR to the cosine's value there; 0: none
     cfg.SOLVER.WARMUP_LR = 0.01  # learning rate at step 0, at BASE_BATCH
+    cfg.SOLVER.CLIP_NORM = 0.0  # most that the gradient's norm may be; 0: no limit
     cfg.SOLVER.MOMENTUM = 0.9  # 0 to below 1
     cfg.SOLVER.NESTEROV = True  # needs momentum
     cfg.SOLVER.WEIGHT_DECAY = 1e-4  # on convolutions and linear layers
@@ -166,6 +170,7 @@ def check(
     one_of("MODEL.NAME", networks)
     one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
     one_of("SOLVER.SCHEDULE", ["cosine", "steps"])
+    one_of("TRAIN.DTYPE", ["float32", "bfloat16"])
     one_of("DATA.INTERPOLATION", ["bilinear", "bicubic"])
     one_of("DATA.DECODER", ["auto", *decoders])
     one_of("DATA.POLICY", policies)
@@ -174,9 +179,10 @@ def check(
     at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
     at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CHECKPOINT_STEPS")
+    at_least(0, "TRAIN.MAX_NONFINITE", "SOLVER.CLIP_NORM")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
-    at_least(1, "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
+    at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
     require(0 <= cfg.MODEL.DROPOUT < 1, "MODEL.DROPOUT", "0 to below 1")
     require(cfg.MODEL.POOL_PADDING in (0, 1), "MODEL.POOL_PADDING", "0, 1")
     require(0 <= cfg.OCTAVE.ALPHA <= 1, "OCTAVE.ALPHA", "0 to 1")

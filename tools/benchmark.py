@@ -376,7 +376,7 @@ def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callabl
 
     def step() -> int:
         if mode == "training step":
-            train_step(model, optimizer, clips, labels, lr=1e-4, loss=F.cross_entropy)
+            train_step(model, optimizer, clips, labels, lr=1e-4, loss=F.cross_entropy, precision=build.precision(cfg))
         else:
             with torch.inference_mode():
                 model(clips)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
@@ -12,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from octvideo.engine.distributed import World, all_reduce, all_reduce_max
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log, bar, duration
 from octvideo.engine.metrics import Mean, topk_correct
+from octvideo.engine.nonfinite import NonFinite
 from octvideo.engine.optim import set_lr
 
 
@@ -28,11 +31,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class ClipBatch(Protocol):
-    """What the loop reads of a batch: clips [N, V, C, (T,) H, W] uint8, labels [N], errors of clips left out, and
-    failures of clips that others stand for."""
+    """What the loop reads of a batch: clips [N, V, C, (T,) H, W] uint8, labels [N], numbers of the videos
+    [N], errors of clips left out, and failures of clips that others stand for."""
 
     clips: Tensor
     labels: Tensor
+    videos: Tensor
     errors: list[str]
     replaced: list[Any]
 
@@ -86,17 +90,55 @@ class StopRequest:
         return int(all_reduce_max(torch.tensor(self.received, device=device)))
 
 
+@dataclass(frozen=True)
+class Precision:
+    """How a step computes. accumulate: parts that a rank's batch is taken in, one after the other, for less memory; their
+    gradients add up to the whole batch's. clip_norm: most that the gradient's norm may be, 0 for no limit. dtype: of
+    convolutions and products; weights, norms' statistics and the loss stay float32."""
+
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, targets: Tensor, lr: float, loss: Loss
-) -> tuple[Tensor, Tensor]:
-    """One SGD step on normalized clips [N, C, (T,) H, W] and targets, labels [N] or shares [N, K] -> loss, logits."""
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clips: Tensor,
+    targets: Tensor,
+    lr: float,
+    loss: Loss,
+    precision: Precision = Precision(),
+) -> tuple[Tensor, Tensor, float]:
+    """One SGD step on normalized clips [N, C, (T,) H, W] and targets, labels [N] or shares [N, K].
+
+    Returns mean loss, logits and the gradient's norm before clipping. Where that is not finite weights and norms'
+    statistics stay as they were; gradients are summed over ranks, so all ranks see the same.
+    """
     set_lr(optimizer, lr)
-    logits = model(clips)
-    value = loss(logits, targets)
     optimizer.zero_grad(set_to_none=True)
-    value.backward()
-    optimizer.step()
-    return value.detach(), logits.detach()
+    buffers = [
+        buffer.clone() for buffer in model.buffers()
+    ]  # a batch that is not finite would stay in norms' statistics
+    values, parts = [], list(zip(clips.chunk(precision.accumulate), targets.chunk(precision.accumulate), strict=True))
+    outputs = []
+    for number, (some, wanted) in enumerate(parts, 1):
+        alone = isinstance(model, DistributedDataParallel) and number < len(parts)
+        with model.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]  # ranks meet at the last
+            with torch.autocast(clips.device.type, precision.dtype, enabled=precision.dtype != torch.float32):
+                logits = model(some)
+            value = loss(logits.float(), wanted) * (len(some) / len(clips))
+            value.backward()
+        values.append(value.detach())
+        outputs.append(logits.detach().float())
+    limit = precision.clip_norm or math.inf
+    grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    else:
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    return torch.stack(values).sum(), torch.cat(outputs), grad_norm
 
 
 def fit(
@@ -111,7 +153,9 @@ def fit(
     prepare: Callable[[Tensor], Tensor],
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     loss: Loss,
+    precision: Precision,
     failures: FailureBudget,
+    nonfinite: NonFinite,
     device: torch.device,
     world: World,
     log: Log,
@@ -124,8 +168,8 @@ def fit(
     lr_at: epochs done, with fractions -> learning rate. prepare: uint8 clips on the device -> network input.
     mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
     after_step: called when progress has moved on (checkpoint, stop). after_epoch: with the epoch's numbers (validation,
-    checkpoint). failures: takes those of clips that were replaced. Raises BudgetError where there are too many,
-    TrainingError for a clip that could not even be replaced or a loss that is not finite.
+    checkpoint). failures: takes those of clips that were replaced; nonfinite: steps that were skipped. Both raise where
+    there are too many, and TrainingError is raised for a clip that could not even be replaced.
     """
     first = progress.epoch + progress.step_in_epoch / max(1, _steps(loader, progress.epoch, 0))
     started = time.perf_counter()
@@ -147,15 +191,17 @@ def fit(
                 labels = batch.labels.to(device, non_blocking=True)
                 lr = lr_at(epoch + progress.step_in_epoch / steps)
                 clips, targets = mix(clips, labels, progress.step)
-                value, logits = train_step(model, optimizer, clips, targets, lr, loss)
+                value, logits, grad_norm = train_step(model, optimizer, clips, targets, lr, loss, precision)
                 progress.step += 1
                 progress.step_in_epoch += 1
                 done = epoch + progress.step_in_epoch / steps
-                meter.add(value, topk_correct(logits, labels, 1).sum(), len(labels))
+                if math.isfinite(grad_norm):
+                    meter.add(value, topk_correct(logits, labels, 1).sum(), len(labels), grad_norm)
+                else:
+                    nonfinite.report(progress.step, lr, value, grad_norm, batch.videos.tolist())
                 if progress.step % log_period == 0 or progress.step_in_epoch == steps:
                     failures.share(progress.step)
                     values = {"epoch": done, "lr": lr, **meter.since_last()}
-                    _require_finite(values["loss"], progress.step)
                     log.event("train", progress.step, values)
                 eta = (time.perf_counter() - started) / (done - first) * (epochs - done)
                 shown.set_postfix_str(f"{meter.line()}, whole run {duration(eta)} left", refresh=False)
@@ -171,11 +217,6 @@ def _steps(loader: EpochLoader, epoch: int, start_step: int) -> int:
     return len(loader.batch_sampler)
 
 
-def _require_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss is {loss} near step {step}; lower SOLVER.BASE_LR or lengthen the warm-up")
-
-
 class Meter:
     """Loss, accuracy, speed and data wait of an epoch, and of the part since the last line."""
 
@@ -187,6 +228,7 @@ class Meter:
     def begin_epoch(self) -> None:
         self.loss, self.correct = Mean(), Mean()
         self.part_loss, self.part_correct = Mean(), Mean()
+        self.grad_norm = 0.0
 
     def start_clock(self) -> None:
         """Times are of this process: what an earlier one took is not known to it."""
@@ -217,7 +259,8 @@ class Meter:
                 return
             yield batch
 
-    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+    def add(self, loss: Tensor, correct: Tensor, count: int, grad_norm: float) -> None:
+        self.grad_norm = grad_norm
         for losses, right in ((self.loss, self.correct), (self.part_loss, self.part_correct)):
             losses.add(loss * count, count)
             right.add(correct, count)
@@ -230,7 +273,7 @@ class Meter:
         )
         self.part_loss, self.part_correct = Mean(), Mean()
         self.part_started, self.part_waited, self.part_before = now, self.wait, 0
-        return values
+        return {**values, "grad_norm": self.grad_norm}
 
     def epoch(self) -> dict[str, float]:
         """Numbers over all ranks since the epoch began."""
@@ -240,7 +283,7 @@ class Meter:
     def _numbers(self, loss: Mean, correct: Mean, clips: int, seconds: float, wait: float) -> dict[str, float]:
         """clips: those of this process, in these seconds."""
         sums = all_reduce(torch.stack([loss.pair(self.device), correct.pair(self.device)]))
-        count = float(sums[0, 1])
+        count = max(float(sums[0, 1]), 1.0)  # 0 where every step was skipped
         return {
             "loss": float(sums[0, 0]) / count,
             "top1": 100.0 * float(sums[1, 0]) / count,

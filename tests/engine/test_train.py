@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import signal
 from dataclasses import dataclass, field
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from octvideo.engine.distributed import World
 from octvideo.engine.failures import BudgetError, FailureBudget
 from octvideo.engine.log import Log
-from octvideo.engine.train import Meter, Progress, Stopped, StopRequest, TrainingError, fit, train_step
+from octvideo.engine.nonfinite import NonFinite, NonFiniteError
+from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, TrainingError, fit, train_step
 
 CPU = torch.device("cpu")
 
@@ -22,10 +25,76 @@ def test_train_step_is_sgd_on_the_mean_cross_entropy() -> None:
     loss = F.cross_entropy(x @ weight.T + net.bias.detach(), y)
     (gradient,) = torch.autograd.grad(loss, weight)
     expected = (x @ weight.T + net.bias).detach()
-    got, logits = train_step(net, torch.optim.SGD(net.parameters(), lr=99.0), x, y, lr=0.5, loss=F.cross_entropy)
+    got, logits, norm = train_step(net, torch.optim.SGD(net.parameters(), lr=99.0), x, y, lr=0.5, loss=F.cross_entropy)
     torch.testing.assert_close(net.weight, weight - 0.5 * gradient)
     assert got.item() == pytest.approx(loss.item())
     torch.testing.assert_close(logits, expected)
+    (bias_gradient,) = torch.autograd.grad(F.cross_entropy(logits.requires_grad_(), y), logits)
+    assert norm == pytest.approx(math.hypot(gradient.norm(), bias_gradient.sum(0).norm()), rel=1e-5)
+
+
+def linear(seed: int = 0) -> tuple[nn.Module, torch.optim.SGD]:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+def stepped(precision: Precision, steps: int = 3, scale: float = 1.0) -> tuple[nn.Module, list[float], list[float]]:
+    net, sgd = linear()
+    draw = torch.Generator().manual_seed(1)
+    losses, norms = [], []
+    for _ in range(steps):
+        x, y = scale * torch.randn(7, 3, 6, 6, generator=draw), torch.randint(5, (7,), generator=draw)
+        value, logits, norm = train_step(net, sgd, x, y, 0.1, F.cross_entropy, precision)
+        assert logits.shape == (7, 5) and logits.dtype == torch.float32
+        losses.append(float(value))
+        norms.append(norm)
+    return net, losses, norms
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 7, 20])
+def test_accumulated_gradients_are_the_large_batch_s(accumulate: int) -> None:
+    """Of parts of unequal size too: 7 clips in 2 or 3 parts."""
+    whole, losses, norms = stepped(Precision())
+    parts, losses_of_parts, norms_of_parts = stepped(Precision(accumulate=accumulate))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert losses_of_parts == pytest.approx(losses, rel=1e-5) and norms_of_parts == pytest.approx(norms, rel=1e-5)
+
+
+def test_the_gradient_is_clipped_to_its_norm() -> None:
+    net, sgd = linear()
+    before = [p.detach().clone() for p in net.parameters()]
+    _, _, norm = train_step(
+        net, sgd, torch.randn(7, 3, 6, 6), torch.arange(7) % 5, 1.0, F.cross_entropy, Precision(clip_norm=0.01)
+    )
+    moved = torch.cat([(p - q).flatten() for p, q in zip(net.parameters(), before, strict=True)]).norm()
+    assert norm > 0.1 and moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bfloat16_computes_roughly_the_same_and_keeps_the_weights_in_float32() -> None:
+    _, losses, _ = stepped(Precision())
+    net, rough, _ = stepped(Precision(dtype=torch.bfloat16))
+    assert rough == pytest.approx(losses, rel=0.03) and rough != losses
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing() -> None:
+    net, sgd = linear()
+    before = [p.detach().clone() for p in net.parameters()]
+    x = torch.full((2, 3, 6, 6), 1e38)
+    value, _, norm = train_step(net, sgd, x, torch.tensor([0, 1]), 0.1, F.cross_entropy)
+    assert math.isfinite(value) and norm == math.inf  # the loss alone would not tell
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)) and not sgd.state
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_norms() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.full((2, 3, 2, 2), float("nan"))
+    train_step(net, sgd, x, torch.tensor([0, 1]), 0.1, F.cross_entropy)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 @dataclass
@@ -39,6 +108,7 @@ class Failed:
 class Batch:
     clips: Tensor
     labels: Tensor
+    videos: Tensor = field(default_factory=lambda: torch.arange(4))
     errors: list[str] = field(default_factory=list)
     replaced: list[Failed] = field(default_factory=list)
 
@@ -81,6 +151,7 @@ def run(
     mix=keep,
     allowed: int = 0,
     meter: Meter | None = None,
+    nonfinite: int = 0,
     after_step=lambda: None,
 ) -> tuple[list[dict], list[float]]:
     torch.manual_seed(0)
@@ -105,7 +176,9 @@ def run(
         loss=F.cross_entropy,
         device=CPU,
         world=World(),
+        precision=Precision(),
         failures=FailureBudget(allowed, log, tmp_path / "failed.txt"),
+        nonfinite=NonFinite(nonfinite, tmp_path, "clips/{}.mp4".format, log),
         log=log,
         log_period=1,
         after_step=after_step,
@@ -138,8 +211,28 @@ def test_a_clip_that_cannot_be_decoded_stops_the_run_with_its_reason(tmp_path) -
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
-    with pytest.raises(TrainingError, match="the loss is nan near step 2; lower SOLVER.BASE_LR"):
+    message = r"(?s)step 2 was skipped: loss \[nan\], gradient norm nan.*MAX_NONFINITE allows 0; lower SOLVER.BASE_LR"
+    with pytest.raises(NonFiniteError, match=message):
         run(Loader(batch(), batch(float("nan"))), Progress(), tmp_path)
+    record = json.loads((tmp_path / "nonfinite_00000002.json").read_text())
+    assert record == {
+        "step": 2,
+        "lr": 0.1,
+        "loss": ["nan"],
+        "grad_norm": "nan",
+        "paths": [f"clips/{video}.mp4" for video in range(4)],
+    }
+
+
+def test_within_its_number_a_step_that_is_not_finite_is_skipped_and_nothing_else(tmp_path) -> None:
+    """Three epochs of two good steps and a bad one: the sums and weights are those of the good steps."""
+    bad, good = Loader(batch(), batch(float("inf")), batch()), Loader(batch(), batch())
+    with_bad, _ = run(bad, Progress(), tmp_path / "bad", nonfinite=3)
+    without, _ = run(good, Progress(), tmp_path / "good")
+    assert [e["loss"] for e in with_bad] == [e["loss"] for e in without]
+    assert len(list((tmp_path / "bad").glob("nonfinite_*.json"))) == 3
+    with pytest.raises(NonFiniteError, match="4 step.s. of this run were not finite"):
+        run(bad, Progress(), tmp_path / "more", epochs=4, nonfinite=3)
 
 
 def test_targets_may_be_shares_of_mixed_labels_while_top_1_counts_the_labels(tmp_path) -> None:

@@ -223,6 +223,28 @@ def test_training_on_a_bad_file_is_one_message(videos: Path, tmp_path: Path, dam
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
+def test_a_rate_that_explodes_ends_with_a_report(videos: Path, tmp_path: Path) -> None:
+    more = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_LR", "1e30", "TRAIN.EPOCHS", "9"]
+    error = run(arguments(videos, tmp_path / "out", *more), status=1)[1]
+    assert "was skipped: loss" in error and "TRAIN.MAX_NONFINITE allows 0; lower SOLVER.BASE_LR" in error
+    (report,) = (tmp_path / "out").glob("nonfinite_*.json")
+    assert len(json.loads(report.read_text())["paths"]) == 4
+
+
+def test_parts_of_a_batch_and_clipping_from_the_command_line(videos: Path, tmp_path: Path) -> None:
+    more = ["TRAIN.ACCUMULATE", "2", "SOLVER.CLIP_NORM", "1.0", "TRAIN.LOG_PERIOD", "1"]
+    run(arguments(videos, tmp_path / "out", *more, "TEST.ENABLE", "False"))
+    assert all(event["grad_norm"] > 0 for event in events(tmp_path / "out", "train"))
+
+
+def test_bfloat16_is_for_gpus(videos: Path, tmp_path: Path) -> None:
+    error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "bfloat16"), status=2)[1]
+    assert "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, or a GPU" in error
+    assert not (tmp_path / "no").exists()
+    error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "float8"), status=2)[1]
+    assert "TRAIN.DTYPE is 'float8'; allowed: float32, bfloat16" in error
+
+
 def with_a_bad_file(videos: Path, folder: Path) -> list[str]:
     """A list of eight, one of them empty."""
     (folder / "bad.mp4").write_bytes(b"")
