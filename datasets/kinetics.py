@@ -40,12 +40,12 @@ from octvideo.data.dataset import ListError, VideoList, read_list
 
 if TYPE_CHECKING or __package__:
     from datasets import doctor, resizing, shards
-    from datasets.motion import SettingsError, write_text
+    from datasets.motion import SettingsError, claim, write_text
 else:  # run as a script, which has this folder on its path
     import doctor
     import resizing
     import shards
-    from motion import SettingsError, write_text
+    from motion import SettingsError, claim, write_text
 
 # What the csv call the splits -> the name of the list.
 SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
@@ -354,32 +354,6 @@ def printable(path: str) -> str:
 
 
 # ---- command line
-
-
-def claim(out: Path, record_name: str, settings: dict[str, Any], outputs: Sequence[str]) -> None:
-    """Marks a folder as made with these settings; SettingsError where it holds something else.
-
-    outputs: patterns of the files that nobody else may have made.
-    """
-    record = out / record_name
-    if not record.exists():
-        foreign = sorted(path.name for pattern in outputs for path in out.glob(pattern))
-        if foreign:
-            some = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-            raise SettingsError(f"{out} holds {some} but no {record_name}, so another tool made it: give another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(record, json.dumps(settings, indent=2) + "\n")
-        return
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise SettingsError(f"{record} is damaged: remove the folder {out}, then run again")
-    names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
-    if names:
-        differences = ", ".join(f"{name} {found.get(name)}, not {settings.get(name)}" for name in names)
-        raise SettingsError(f"{out} was made with {differences}: give the same, another --out, or remove the folder")
 
 
 def read_videos(given: argparse.Namespace) -> VideoList:

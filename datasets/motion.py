@@ -33,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -296,31 +297,31 @@ class Pair:
         return len(missing)
 
 
-def claim(out: Path, settings: Settings) -> None:
-    """Marks the folder as made with these settings; SettingsError where it holds something else."""
-    record = out / "motion.json"
-    wanted = asdict(settings)
-    if record.exists():
-        try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise SettingsError(f"{record} is damaged: remove the folder {out}, then run again")
-        names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-        if names:
-            differences = ", ".join(f"{name} {found.get(name)}, not {wanted.get(name)}" for name in names)
-            raise SettingsError(
-                f"{out} was made with {differences}: give the same settings, another --out, or remove the folder"
-            )
+def claim(out: Path, record_name: str, settings: dict[str, Any], outputs: Sequence[str]) -> None:
+    """Marks a folder as made with these settings; SettingsError where it holds something else.
+
+    outputs: patterns of the files that nobody else may have made.
+    """
+    record = out / record_name
+    if not record.exists():
+        foreign = sorted(path.name for pattern in outputs for path in out.glob(pattern))
+        if foreign:
+            some = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+            raise SettingsError(f"{out} holds {some} but no {record_name}, so another tool made it: give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(record, json.dumps(settings, indent=2) + "\n")
         return
-    foreign = [name for name in (*SPLITS, *map("{}.txt".format, SPLITS), "labels.txt") if (out / name).exists()]
-    if foreign:
-        raise SettingsError(
-            f"{out} holds {', '.join(foreign)} but no motion.json, so another tool made it: give another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(record, json.dumps(wanted, indent=2) + "\n")
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise SettingsError(f"{record} is damaged: remove the folder {out}, then run again")
+    names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
+    if names:
+        differences = ", ".join(f"{name} {found.get(name)}, not {settings.get(name)}" for name in names)
+        remedy = "give the same settings, another --out, or remove the folder"
+        raise SettingsError(f"{out} was made with {differences}: {remedy}")
 
 
 def work(pairs: Sequence[Pair], out: Path, settings: Settings, workers: int) -> Iterator[int]:
@@ -349,7 +350,7 @@ def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> 
     settings.check()
     if workers < 1:
         raise SettingsError(f"workers is {workers}: give 1 or more")
-    claim(out, settings)
+    claim(out, "motion.json", asdict(settings), (*SPLITS, *map("{}.txt".format, SPLITS), "labels.txt"))
     for split in SPLITS:
         for name in CLASSES:
             (out / split / name).mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ so does a crop to a small part of it: turn flips off and keep crops large for it
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -93,26 +92,6 @@ class Still:
         return 1
 
 
-def claim(out: Path, settings: Settings) -> None:
-    """Marks the folder as made with these settings; SettingsError where it holds something else."""
-    record = out / "stills.json"
-    wanted = json.dumps(asdict(settings)) + "\n"
-    if record.exists():
-        found = record.read_text(encoding="utf-8")
-        if found != wanted:
-            raise motion.SettingsError(
-                f"{out} was made with {found.strip()}, not {wanted.strip()}: "
-                "give the same settings, another --out, or remove the folder"
-            )
-        return
-    foreign = [name for name in (*motion.SPLITS, "val.txt", "labels.txt") if (out / name).exists()]
-    if foreign:
-        names = ", ".join(foreign)
-        raise motion.SettingsError(f"{out} holds {names} but no stills.json: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    motion.write_text(record, wanted)
-
-
 def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> int:
     """Makes the data set in folder `out`, or what is missing of it, and returns the number of stills written.
 
@@ -124,7 +103,7 @@ def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> 
     settings.check()
     if workers < 1:
         raise motion.SettingsError(f"workers is {workers}: give 1 or more")
-    claim(out, settings)
+    motion.claim(out, "stills.json", asdict(settings), (*motion.SPLITS, "val.txt", "labels.txt"))
     counts = zip(motion.SPLITS, (settings.train, settings.val), strict=True)
     stills = [
         Still(split, index, label) for split, count in counts for label in range(len(CLASSES)) for index in range(count)

@@ -307,7 +307,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     run_index(tmp_path, tmp_path / "a.csv")  # again is fine
     given = ("--videos", tmp_path / "videos", "--out", tmp_path / "out")
     told = failing(capsys, "index", "--annotations", tmp_path / "a.csv", "--split", "val", *given)
-    assert "was made with split None, not val: give the same, another --out, or remove the folder" in told
+    assert "was made with split None, not val: give the same settings, another --out, or remove the folder" in told
 
 
 def test_lists_may_lie_among_the_videos(tmp_path: Path) -> None:
