@@ -380,6 +380,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             mix=mix(cfg, world),
             loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
             precision=precision(cfg),
+            freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
             failures=failures,
             nonfinite=nonfinite,
             device=device,

@@ -91,6 +91,7 @@ def defaults() -> CfgNode:
     cfg.TRAIN.NEW_HEAD = False  # with INIT: the classifier starts anew (fine-tuning on other classes)
     cfg.TRAIN.LABEL_SMOOTHING = 0.0  # share of the target spread over all classes, 0 to below 1
     cfg.TRAIN.MIXUP = 0.0  # alpha of the Beta distribution that mixes pairs of clips and labels; 0: none
+    cfg.TRAIN.FREEZE_NORM_STATS = False  # norms use, and keep, the statistics that they have (of TRAIN.INIT)
     cfg.TRAIN.ACCUMULATE = 1  # parts that each process takes its batch in, for less memory; norms see the parts apart
     cfg.TRAIN.DTYPE = "float32"  # of convolutions in training: float32, or on GPUs bfloat16 (weights stay float32)
     cfg.TRAIN.MAX_NONFINITE = 0  # steps of the run that may be skipped because loss or gradient are not finite

@@ -38,7 +38,7 @@ class ListError(ValueError):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VideoList:
-    """The videos of an annotation list, in its order.
+    """The videos of an annotation list, in its order; for an image network, the images.
 
     All paths are one byte buffer: a million cost tens of MB, and forked workers share them. A list of strings they
     would not: looking at a string writes its reference count, and so copies the memory page.
@@ -91,9 +91,12 @@ def read_list(
     videos, problems = _parse(path, prefix, separator, num_classes)
     problems += _duplicates(videos)
     if check_files:
+        is_shard = cache(os.path.isfile)  # a shard holds many videos and is looked for once
         for index in range(len(videos)):
-            if not _is_there(videos.path(index)):
-                text = f"no file {videos.path(index)!r}; check the path and the prefix {prefix!r}"
+            path_of_one = videos.path(index)
+            member = member_of(path_of_one)
+            if not (os.path.isfile(path_of_one) if member is None else is_shard(member.tar)):  # noqa: PTH113, a Path is slow
+                text = f"no file {path_of_one!r}; check the path and the prefix {prefix!r}"
                 problems.append((int(videos.lines[index]), text))
     if require_all_classes and len(videos):
         problems += _classes_without_video(videos, num_classes)
@@ -146,17 +149,6 @@ def _parse(path: str, prefix: str, separator: str, num_classes: int) -> tuple[Vi
         raise ListError(f"{path}: the list cannot be read ({error.strerror}); check its path") from error
     columns = [np.array(column, dtype) for column, dtype in ((ends, "i8"), (labels, "i8"), (lines, "i4"))]
     return VideoList(path, prefix, bytes(names), *columns), problems
-
-
-def _is_there(path: str) -> bool:
-    """Shards hold many videos each, so each is looked for once."""
-    member = member_of(path)
-    return os.path.isfile(path) if member is None else _is_shard(member.tar)  # noqa: PTH113, a million Paths are slow
-
-
-@cache
-def _is_shard(path: str) -> bool:
-    return Path(path).is_file()
 
 
 def _duplicates(videos: VideoList) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from octvideo.engine.distributed import World, all_reduce, all_reduce_max
@@ -154,6 +155,7 @@ def fit(
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     loss: Loss,
     precision: Precision,
+    freeze_norm_stats: bool,
     failures: FailureBudget,
     nonfinite: NonFinite,
     device: torch.device,
@@ -167,6 +169,7 @@ def fit(
 
     lr_at: epochs done, with fractions -> learning rate. prepare: uint8 clips on the device -> network input.
     mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
+    freeze_norm_stats: norms use their running statistics and leave them as they are.
     after_step: called when progress has moved on (checkpoint, stop). after_epoch: with the epoch's numbers (validation,
     checkpoint). failures: takes those of clips that were replaced; nonfinite: steps that were skipped. Both raise where
     there are too many, and TrainingError is raised for a clip that could not even be replaced.
@@ -181,6 +184,9 @@ def fit(
             meter.begin_epoch()
         meter.start_clock()
         model.train()
+        if freeze_norm_stats:
+            for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+                norm.eval()
         with bar(steps, f"epoch {epoch + 1}/{epochs}", unit="step", main=world.main) as shown:
             shown.update(progress.step_in_epoch)
             for batch in meter.timed(loader):

@@ -177,6 +177,7 @@ def run(
         device=CPU,
         world=World(),
         precision=Precision(),
+        freeze_norm_stats=False,
         failures=FailureBudget(allowed, log, tmp_path / "failed.txt"),
         nonfinite=NonFinite(nonfinite, tmp_path, "clips/{}.mp4".format, log),
         log=log,
