@@ -5,6 +5,7 @@ The only library file that reads a configuration.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from octvideo.data.sampling import POLICIES, SHORT, seeded_generator
 from octvideo.engine import checkpoint, optim
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
+from octvideo.engine.ema import Ema
 from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
@@ -316,6 +318,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     log = Log(folder, main=world.main, step=begin[0], in_epoch=begin[1])
     allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
     failures = FailureBudget(allowed, log, folder / "failed.txt")
+    ema = Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
     nonfinite = NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log)
     progress, meter = Progress(), Meter(device, world)
     if start:
@@ -323,6 +326,8 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         progress = Progress(start["epoch"], start["step"], start["step_in_epoch"])
         failures.load_state_dict(start["failures"])
         nonfinite.skipped = start["nonfinite_steps"]
+        if ema and "ema" in start:
+            ema.load_state_dict(start["ema"])
         _restore_rank(start["ranks"], meter, world, log)
     _announce(cfg, log, world, device, len(videos), len(clips), progress)
     if world.main:
@@ -335,6 +340,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             state = {
                 **asdict(progress),
                 "model": model.state_dict(),
+                **({"ema": ema.state_dict()} if ema else {}),
                 "optimizer": sgd.state_dict(),
                 "failures": failures.state_dict(),
                 "nonfinite_steps": nonfinite.skipped,
@@ -345,6 +351,8 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             checkpoint.save(folder, progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
 
     def after_step() -> None:
+        if ema:
+            ema.update(progress.step)
         stopped = stop.agreed(device)
         if stopped or (cfg.TRAIN.CHECKPOINT_STEPS and progress.step % cfg.TRAIN.CHECKPOINT_STEPS == 0):
             save()
@@ -360,7 +368,8 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         log.event("epoch", progress.step, {"epoch": progress.epoch, **values})
         if validate and (last or progress.epoch % cfg.TRAIN.VAL_PERIOD == 0):
             broadcast_buffers(model)
-            result = validate(model)
+            with ema.applied() if ema else contextlib.nullcontext():
+                result = validate(model)
             line += f"  |  val top-1 {result.top(1):.1f} %"
             log.event("val", progress.step, {"epoch": progress.epoch, **_accuracy(result)})
         log.say(line)
@@ -396,13 +405,14 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
 def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
     """Score TEST_LIST with TEST.CLIPS x TEST.CROPS views and write OUTPUT_DIR/test.json; returns what it holds.
 
-    top1, top5: percent of LISTED videos; one that cannot be decoded counts as wrong and is named under `failed`.
+    A checkpoint with a moving average is tested by that. top1, top5: percent of LISTED videos; one that cannot be decoded
+    counts as wrong and is named under `failed`.
     """
     folder = Path(cfg.OUTPUT_DIR)
     path, state = _weights_to_test(cfg, folder)
     videos = test_list(cfg)
     model = network(cfg)
-    checkpoint.load_weights(model, state["model"], path)
+    checkpoint.load_weights(model, state.get("ema", state["model"]), path)
     result = evaluate(
         place(cfg, model, device),
         eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS),

@@ -91,6 +91,7 @@ def defaults() -> CfgNode:
     cfg.TRAIN.NEW_HEAD = False  # with INIT: the classifier starts anew (fine-tuning on other classes)
     cfg.TRAIN.LABEL_SMOOTHING = 0.0  # share of the target spread over all classes, 0 to below 1
     cfg.TRAIN.MIXUP = 0.0  # alpha of the Beta distribution that mixes pairs of clips and labels; 0: none
+    cfg.TRAIN.EMA_DECAY = 0.0  # of a moving average of the weights, which validation and test then use; 0: none
     cfg.TRAIN.FREEZE_NORM_STATS = False  # norms use, and keep, the statistics that they have (of TRAIN.INIT)
     cfg.TRAIN.ACCUMULATE = 1  # parts that each process takes its batch in, for less memory; norms see the parts apart
     cfg.TRAIN.DTYPE = "float32"  # of convolutions in training: float32, or on GPUs bfloat16 (weights stay float32)
@@ -216,6 +217,7 @@ def check(
         require(
             list(cfg.OCTAVE.POOL) == [1, 2, 2], "OCTAVE.POOL", f"[1, 2, 2] for images, which {cfg.MODEL.NAME} takes"
         )
+    require(0 <= cfg.TRAIN.EMA_DECAY < 1, "TRAIN.EMA_DECAY", "0 to below 1")
     require(0 <= cfg.TRAIN.LABEL_SMOOTHING < 1, "TRAIN.LABEL_SMOOTHING", "0 to below 1")
     require(0 <= cfg.SOLVER.MOMENTUM < 1, "SOLVER.MOMENTUM", "0 to below 1")
     require(not cfg.SOLVER.NESTEROV or cfg.SOLVER.MOMENTUM > 0, "SOLVER.NESTEROV", "False where MOMENTUM is 0")

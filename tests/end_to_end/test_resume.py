@@ -33,7 +33,8 @@ def history(out: Path) -> list[tuple]:
 def check_same(one: Path, other: Path) -> None:
     a, b = (checkpoint.latest(out)[1] for out in (one, other))
     assert a["step"] == b["step"] == STEPS
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for weights in ("model", "ema"):
+        assert all(torch.equal(a[weights][name], b[weights][name]) for name in a[weights])
     momenta = [[value["momentum_buffer"] for value in s["optimizer"]["state"].values()] for s in (a, b)]
     assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
     assert history(one) == history(other)

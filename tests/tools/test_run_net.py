@@ -237,6 +237,21 @@ def test_parts_of_a_batch_and_clipping_from_the_command_line(videos: Path, tmp_p
     assert all(event["grad_norm"] > 0 for event in events(tmp_path / "out", "train"))
 
 
+def test_a_moving_average_is_what_is_tested(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tested, load_weights = [], checkpoint.load_weights
+
+    def noting(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path, **more: bool) -> None:
+        tested.append(weights["head.fc.weight"])
+        load_weights(model, weights, source, **more)
+
+    monkeypatch.setattr(checkpoint, "load_weights", noting)
+    run(arguments(videos, tmp_path / "out", "TRAIN.EMA_DECAY", "0.999"))
+    state = checkpoint.latest(tmp_path / "out")[1]
+    assert not torch.equal(state["ema"]["head.fc.weight"], state["model"]["head.fc.weight"])
+    (head,) = tested
+    assert torch.equal(head, state["ema"]["head.fc.weight"])
+
+
 def test_bfloat16_is_for_gpus(videos: Path, tmp_path: Path) -> None:
     error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "bfloat16"), status=2)[1]
     assert "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, or a GPU" in error

@@ -1,0 +1,46 @@
+"""An exponential moving average of the weights, for validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """average = d * average + (1 - d) * weight after each step, d = min(decay, (1 + step) / (10 + step)).
+
+    The second term lets the first steps forget where the network was drawn (as TensorFlow's ExponentialMovingAverage
+    does). Norms' statistics, which are averages already, stay the model's.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """step: steps done, with the one just done."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, weight in self.model.named_parameters():
+            self.average[name].lerp_(weight, share)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's with the average in place of the weights: to test by."""
+        return {**self.model.state_dict(), **self.average}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, average in self.average.items():
+            average.copy_(state[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the average; behind, its own weights again."""
+        own = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.model.load_state_dict(self.average, strict=False)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own, strict=False)
