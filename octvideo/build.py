@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -297,6 +297,82 @@ def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     )
 
 
+@dataclass
+class _Run:
+    """A training run: what a checkpoint holds of it, and what its folder is told."""
+
+    cfg: CfgNode
+    world: World
+    device: torch.device
+    log: Log
+    model: nn.Module
+    sgd: torch.optim.Optimizer
+    progress: Progress
+    meter: Meter
+    failures: FailureBudget
+    nonfinite: NonFinite
+    ema: Ema | None
+    stop: StopRequest
+    validate: Callable[[nn.Module], Evaluation] | None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sgd.load_state_dict(state["optimizer"])
+        for name in ("epoch", "step", "step_in_epoch"):
+            setattr(self.progress, name, state[name])
+        self.failures.load_state_dict(state["failures"])
+        self.nonfinite.skipped = state["nonfinite_steps"]
+        if self.ema and "ema" in state:
+            self.ema.load_state_dict(state["ema"])
+        _restore_rank(state["ranks"], self.meter, self.world, self.log)
+
+    def save(self) -> None:
+        cfg = self.cfg
+        self.failures.share(self.progress.step)
+        ranks = gather_objects({"random": _random_state(self.device), "meter": self.meter.state_dict()})
+        if not self.world.main:
+            return
+        state = {
+            **asdict(self.progress),
+            "model": self.model.state_dict(),
+            **({"ema": self.ema.state_dict()} if self.ema else {}),
+            "optimizer": self.sgd.state_dict(),
+            "failures": self.failures.state_dict(),
+            "nonfinite_steps": self.nonfinite.skipped,
+            "ranks": ranks,
+            "config": cfg.dump(),
+            "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
+        }
+        checkpoint.save(Path(cfg.OUTPUT_DIR), self.progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
+
+    def after_step(self) -> None:
+        cfg = self.cfg
+        if self.ema:
+            self.ema.update(self.progress.step)
+        stopped, period = self.stop.agreed(self.device), cfg.TRAIN.CHECKPOINT_STEPS
+        if stopped or (period and self.progress.step % period == 0):
+            self.save()
+        if stopped:
+            raise Stopped(stopped, self.progress.step)
+
+    def after_epoch(self, values: dict[str, float]) -> None:
+        cfg, epoch = self.cfg, self.progress.epoch
+        last = epoch == cfg.TRAIN.EPOCHS
+        line = (
+            f"epoch {epoch}/{cfg.TRAIN.EPOCHS}  loss {values['loss']:.3f}  top-1 {values['top1']:.1f} %  "
+            f"lr {values['lr']:.4g}  {values['clips_per_s']:.1f} clips/s  data wait {100 * values['data_wait']:.0f} %"
+        )
+        self.log.event("epoch", self.progress.step, {"epoch": epoch, **values})
+        if self.validate and (last or epoch % cfg.TRAIN.VAL_PERIOD == 0):
+            broadcast_buffers(self.model)
+            with self.ema.applied() if self.ema else contextlib.nullcontext():
+                result = self.validate(self.model)
+            line += f"  |  val top-1 {result.top(1):.1f} %"
+            self.log.event("val", self.progress.step, {"epoch": epoch, **_accuracy(result)})
+        self.log.say(line)
+        if last or epoch % cfg.TRAIN.CHECKPOINT_PERIOD == 0:
+            self.save()
+
+
 def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     """Train to TRAIN.EPOCHS, leaving checkpoints and metrics in OUTPUT_DIR."""
     folder = Path(cfg.OUTPUT_DIR)
@@ -312,77 +388,37 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     model = network(cfg)
     start = _starting_point(cfg, folder, model)
     place(cfg, model, device)
-    sgd = optimizer(cfg, model)
     torch.manual_seed(cfg.SEED + 1 + world.rank)  # dropout differs between ranks; weights did not
-    begin = (start["step"], start["step_in_epoch"] > 0) if start else (0, False)
-    log = Log(folder, main=world.main, step=begin[0], in_epoch=begin[1])
+    step, in_epoch = (start["step"], start["step_in_epoch"] > 0) if start else (0, False)
+    log = Log(folder, main=world.main, step=step, in_epoch=in_epoch)
     allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
-    failures = FailureBudget(allowed, log, folder / "failed.txt")
-    ema = Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
-    nonfinite = NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log)
-    progress, meter = Progress(), Meter(device, world)
+    run = _Run(
+        cfg,
+        world,
+        device,
+        log,
+        model,
+        optimizer(cfg, model),
+        Progress(),
+        Meter(device, world),
+        FailureBudget(allowed, log, folder / "failed.txt"),
+        NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log),
+        Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
+        StopRequest(),
+        validate,
+    )
     if start:
-        sgd.load_state_dict(start["optimizer"])
-        progress = Progress(start["epoch"], start["step"], start["step_in_epoch"])
-        failures.load_state_dict(start["failures"])
-        nonfinite.skipped = start["nonfinite_steps"]
-        if ema and "ema" in start:
-            ema.load_state_dict(start["ema"])
-        _restore_rank(start["ranks"], meter, world, log)
-    _announce(cfg, log, world, device, len(videos), len(clips), progress)
+        run.restore(start)
+    _announce(cfg, log, world, device, len(videos), len(clips), run.progress)
     if world.main:
         checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
-
-    def save() -> None:
-        failures.share(progress.step)
-        ranks = gather_objects({"random": _random_state(device), "meter": meter.state_dict()})
-        if world.main:
-            state = {
-                **asdict(progress),
-                "model": model.state_dict(),
-                **({"ema": ema.state_dict()} if ema else {}),
-                "optimizer": sgd.state_dict(),
-                "failures": failures.state_dict(),
-                "nonfinite_steps": nonfinite.skipped,
-                "ranks": ranks,
-                "config": cfg.dump(),
-                "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
-            }
-            checkpoint.save(folder, progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
-
-    def after_step() -> None:
-        if ema:
-            ema.update(progress.step)
-        stopped = stop.agreed(device)
-        if stopped or (cfg.TRAIN.CHECKPOINT_STEPS and progress.step % cfg.TRAIN.CHECKPOINT_STEPS == 0):
-            save()
-        if stopped:
-            raise Stopped(stopped, progress.step)
-
-    def after_epoch(values: dict[str, float]) -> None:
-        last = progress.epoch == cfg.TRAIN.EPOCHS
-        line = (
-            f"epoch {progress.epoch}/{cfg.TRAIN.EPOCHS}  loss {values['loss']:.3f}  top-1 {values['top1']:.1f} %  "
-            f"lr {values['lr']:.4g}  {values['clips_per_s']:.1f} clips/s  data wait {100 * values['data_wait']:.0f} %"
-        )
-        log.event("epoch", progress.step, {"epoch": progress.epoch, **values})
-        if validate and (last or progress.epoch % cfg.TRAIN.VAL_PERIOD == 0):
-            broadcast_buffers(model)
-            with ema.applied() if ema else contextlib.nullcontext():
-                result = validate(model)
-            line += f"  |  val top-1 {result.top(1):.1f} %"
-            log.event("val", progress.step, {"epoch": progress.epoch, **_accuracy(result)})
-        log.say(line)
-        if last or progress.epoch % cfg.TRAIN.CHECKPOINT_PERIOD == 0:
-            save()
-
-    with StopRequest() as stop:
+    with run.stop:
         fit(
             _parallel(model, world, device),
-            sgd,
+            run.sgd,
             clips,
-            progress=progress,
-            meter=meter,
+            progress=run.progress,
+            meter=run.meter,
             epochs=cfg.TRAIN.EPOCHS,
             lr_at=learning_rate(cfg),
             prepare=prepare_clips(cfg),
@@ -390,14 +426,14 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
             precision=precision(cfg),
             freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
-            failures=failures,
-            nonfinite=nonfinite,
+            failures=run.failures,
+            nonfinite=run.nonfinite,
             device=device,
             world=world,
             log=log,
             log_period=cfg.TRAIN.LOG_PERIOD,
-            after_step=after_step,
-            after_epoch=after_epoch,
+            after_step=run.after_step,
+            after_epoch=run.after_epoch,
         )
     log.close()
 
