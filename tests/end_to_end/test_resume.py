@@ -77,7 +77,7 @@ def test_two_processes_killed(data: Path, tmp_path: Path, seed: int) -> None:
     check_same(tmp_path / "unharmed", tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops_within_seconds(data: Path, unharmed: Path, tmp_path: Path, number: int) -> None:
     run = Run(data, tmp_path / "run", 1, "TRAIN.CHECKPOINT_STEPS", "0")
     status, said, seconds = run.signalled(number, at=6)
