@@ -118,9 +118,8 @@ def train_step(
     """
     set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
-    buffers = [
-        buffer.clone() for buffer in model.buffers()
-    ]  # a batch that is not finite would stay in norms' statistics
+    # A batch that is not finite would stay in norms' statistics.
+    buffers = [buffer.clone() for buffer in model.buffers()]
     values, parts = [], list(zip(clips.chunk(precision.accumulate), targets.chunk(precision.accumulate), strict=True))
     outputs = []
     for number, (some, wanted) in enumerate(parts, 1):

@@ -1,6 +1,5 @@
 """Agreement with pytorchvideo's and torchvision's networks, weight for weight. Needs tests/peers.txt."""
 
-import contextlib
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
@@ -17,22 +16,10 @@ from octvideo.octave import NonLocal
 from octvideo.weights.names import from_octvideo
 
 MISSING = [name for name in ("torchvision", "pytorchvideo") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"{MISSING} not installed: pip install --no-deps -r tests/peers.txt"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable_torchvision() -> torch.library.Library:
-    """torchvision's wheel lacks its operators beside a CPU torch; declared, not implemented, its Python part imports."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float t) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float t) -> Tensor",
-    ):
-        with contextlib.suppress(RuntimeError):  # a torchvision that brought its own
-            library.define(schema)
-    return library
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: pip install --no-deps -r tests/peers.txt"),
+    pytest.mark.usefixtures("importable_torchvision"),
+]
 
 
 def randomize(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Each layout there and back, and against the real networks whose names they are. Needs tests/peers.txt for the latter."""
 
-import contextlib
 import importlib.util
 
 import pytest
@@ -129,19 +128,6 @@ def test_a_network_of_another_depth() -> None:
 
 def test_the_visible_layouts() -> None:
     assert set(LAYOUTS) == set(SPEAKERS)
-
-
-@pytest.fixture(scope="module")
-def importable_torchvision() -> torch.library.Library:
-    """torchvision's wheel lacks its operators beside a CPU torch; declared, not implemented, its Python part imports."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float t) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float t) -> Tensor",
-    ):
-        with contextlib.suppress(RuntimeError):  # a torchvision that brought its own
-            library.define(schema)
-    return library
 
 
 @with_peers
