@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,6 +41,7 @@ from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
 from octvideo.engine.nonfinite import NonFinite
+from octvideo.engine.profile import StepProfiler
 from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, fit
 from octvideo.models import (
     NETWORKS,
@@ -130,8 +133,25 @@ def memory_format(cfg: CfgNode) -> torch.memory_format:
 
 
 def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, its weights in the memory format of MODEL.CHANNELS_LAST."""
-    return model.to(device).to(memory_format=memory_format(cfg))  # type: ignore[call-overload]
+    """The model on its device, its weights in the memory format of MODEL.CHANNELS_LAST, compiled if MODEL.COMPILE says so.
+
+    Names of weights stay the same. Compiled at the first step, and again where the shape of a batch changes.
+    """
+    model.to(device).to(memory_format=memory_format(cfg))  # type: ignore[call-overload]
+    if cfg.MODEL.COMPILE:
+        _check_compiler(device)
+        model.compile()
+    return model
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile writes C++ for CPUs; without a compiler it fails in the first step, far from the reason."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        remedy = "install one, name it in CXX, or set MODEL.COMPILE False"
+        raise ConfigError(
+            "MODEL.COMPILE", [f"a CPU needs a C++ compiler for it, and there is no {compiler!r} here; {remedy}"]
+        )
 
 
 def prepare_clips(cfg: CfgNode) -> Callable[[Tensor], Tensor]:
@@ -142,6 +162,25 @@ def prepare_clips(cfg: CfgNode) -> Callable[[Tensor], Tensor]:
         return transforms.normalize(clips, mean=cfg.DATA.MEAN, std=cfg.DATA.STD)
 
     return prepare
+
+
+def class_names(cfg: CfgNode, path: str) -> list[str]:
+    """The names of the classes in the order of their labels: of DATA.CLASS_NAMES, else of labels.txt beside the list `path`
+    (every tool in datasets/ leaves one), else none. Raises ConfigError where they are not NUM_CLASSES different ones."""
+    file = Path(cfg.DATA.CLASS_NAMES or Path(path).parent / "labels.txt")
+    if not cfg.DATA.CLASS_NAMES and not file.is_file():
+        return []
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"DATA.CLASS_NAMES {file}", [f"cannot be read ({error})"]) from None
+    if len(names) != cfg.MODEL.NUM_CLASSES or len(set(names)) != len(names):
+        problem = (
+            f"{len(names)} names, {len(set(names))} of them different, for MODEL.NUM_CLASSES {cfg.MODEL.NUM_CLASSES}; "
+            "give one name a line, in the order of the labels"
+        )
+        raise ConfigError(f"class names in {file}", [problem])
+    return names
 
 
 def use_threads(cfg: CfgNode, world: World) -> None:
@@ -253,11 +292,25 @@ def _loader(
     )
 
 
-def learning_rate(cfg: CfgNode) -> Callable[[float], float]:
+def epochs_in_all(cfg: CfgNode, steps_per_epoch: int) -> float:
+    """The length of the run. SOLVER.ITERATIONS may end it within an epoch."""
+    return _rates_end(cfg, steps_per_epoch)[-1] if cfg.SOLVER.SCHEDULE == "iterations" else cfg.TRAIN.EPOCHS
+
+
+def _rates_end(cfg: CfgNode, steps_per_epoch: int) -> tuple[float, ...]:
+    """Where each rate of SOLVER.ITERATIONS ends, in epochs: after as many clips, whatever the batch."""
+    counts = [count * cfg.SOLVER.BASE_BATCH / cfg.TRAIN.BATCH_SIZE for count in cfg.SOLVER.ITERATIONS]
+    return optim.milestones_of(counts, steps_per_epoch)
+
+
+def learning_rate(cfg: CfgNode, steps_per_epoch: int) -> Callable[[float], float]:
     """Epochs done -> learning rate for TRAIN.BATCH_SIZE."""
     scale = cfg.TRAIN.BATCH_SIZE / cfg.SOLVER.BASE_BATCH
     if cfg.SOLVER.SCHEDULE == "steps":
         return partial(optim.steps, base_lr=cfg.SOLVER.BASE_LR * scale, milestones=tuple(cfg.SOLVER.MILESTONES))
+    if cfg.SOLVER.SCHEDULE == "iterations":
+        ends = _rates_end(cfg, steps_per_epoch)[:-1]
+        return partial(optim.steps, base_lr=cfg.SOLVER.BASE_LR * scale, milestones=ends)
     return partial(
         optim.warmup_cosine,
         epochs=cfg.TRAIN.EPOCHS,
@@ -281,15 +334,16 @@ def mix(cfg: CfgNode, world: World) -> Callable[[Tensor, Tensor, int], tuple[Ten
     return mixed
 
 
-def precision(cfg: CfgNode) -> Precision:
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.TRAIN.DTYPE]
-    return Precision(cfg.TRAIN.ACCUMULATE, cfg.SOLVER.CLIP_NORM, dtype)
+def precision(cfg: CfgNode, device: torch.device) -> Precision:
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[cfg.TRAIN.DTYPE]
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    return Precision(cfg.TRAIN.ACCUMULATE, cfg.SOLVER.CLIP_NORM, dtype, scaler)
 
 
 def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     return optim.sgd(
         model,
-        lr=learning_rate(cfg)(0.0),
+        lr=cfg.SOLVER.BASE_LR,  # each step sets its own
         momentum=cfg.SOLVER.MOMENTUM,
         nesterov=cfg.SOLVER.NESTEROV,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
@@ -302,11 +356,14 @@ class _Run:
     """A training run: what a checkpoint holds of it, and what its folder is told."""
 
     cfg: CfgNode
+    epochs: float
+    classes: list[str]
     world: World
     device: torch.device
     log: Log
     model: nn.Module
     sgd: torch.optim.Optimizer
+    precision: Precision
     progress: Progress
     meter: Meter
     failures: FailureBudget
@@ -317,6 +374,8 @@ class _Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sgd.load_state_dict(state["optimizer"])
+        if self.precision.scaler and state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
         for name in ("epoch", "step", "step_in_epoch"):
             setattr(self.progress, name, state[name])
         self.failures.load_state_dict(state["failures"])
@@ -336,6 +395,8 @@ class _Run:
             "model": self.model.state_dict(),
             **({"ema": self.ema.state_dict()} if self.ema else {}),
             "optimizer": self.sgd.state_dict(),
+            "scaler": self.precision.scaler.state_dict() if self.precision.scaler else {},
+            "classes": self.classes,
             "failures": self.failures.state_dict(),
             "nonfinite_steps": self.nonfinite.skipped,
             "ranks": ranks,
@@ -344,8 +405,10 @@ class _Run:
         }
         checkpoint.save(Path(cfg.OUTPUT_DIR), self.progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
 
-    def after_step(self) -> None:
+    def after_step(self, profiler: StepProfiler | None) -> None:
         cfg = self.cfg
+        if profiler:
+            profiler.step()
         if self.ema:
             self.ema.update(self.progress.step)
         stopped, period = self.stop.agreed(self.device), cfg.TRAIN.CHECKPOINT_STEPS
@@ -355,10 +418,10 @@ class _Run:
             raise Stopped(stopped, self.progress.step)
 
     def after_epoch(self, values: dict[str, float]) -> None:
-        cfg, epoch = self.cfg, self.progress.epoch
-        last = epoch == cfg.TRAIN.EPOCHS
+        cfg, epoch, epochs = self.cfg, self.progress.epoch, math.ceil(self.epochs)
+        last = epoch == epochs
         line = (
-            f"epoch {epoch}/{cfg.TRAIN.EPOCHS}  loss {values['loss']:.3f}  top-1 {values['top1']:.1f} %  "
+            f"epoch {epoch}/{epochs}  loss {values['loss']:.3f}  top-1 {values['top1']:.1f} %  "
             f"lr {values['lr']:.4g}  {values['clips_per_s']:.1f} clips/s  data wait {100 * values['data_wait']:.0f} %"
         )
         self.log.event("epoch", self.progress.step, {"epoch": epoch, **values})
@@ -376,10 +439,11 @@ class _Run:
 def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     """Train to TRAIN.EPOCHS, leaving checkpoints and metrics in OUTPUT_DIR."""
     folder = Path(cfg.OUTPUT_DIR)
-    if cfg.TRAIN.DTYPE != "float32" and device.type == "cpu":
-        # torch 2.13 (oneDNN): the weight gradient of a 3x1x1 convolution over 2 frames reads memory nobody wrote
-        problem = f"TRAIN.DTYPE {cfg.TRAIN.DTYPE} on a CPU gives gradients that are not numbers; use float32, or a GPU"
+    if cfg.TRAIN.DTYPE == "bfloat16" and device.type == "cpu":
+        # torch 2.13 (oneDNN): the weight gradient of a kernel longer in time than the map reads memory nobody wrote
+        problem = "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, float16 or a GPU"
         raise ConfigError(cfg.MODEL.NAME, [problem])
+    classes = class_names(cfg, cfg.DATA.TRAIN_LIST)
     videos = video_list(cfg, cfg.DATA.TRAIN_LIST, training=True)
     clips = train_loader(cfg, videos, world, device)
     validate = _validation(cfg, world, device) if cfg.TRAIN.VAL_PERIOD else None
@@ -391,14 +455,18 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     torch.manual_seed(cfg.SEED + 1 + world.rank)  # dropout differs between ranks; weights did not
     step, in_epoch = (start["step"], start["step_in_epoch"] > 0) if start else (0, False)
     log = Log(folder, main=world.main, step=step, in_epoch=in_epoch)
-    allowed = int(cfg.DATA.MAX_FAILED_FRACTION * len(clips) * cfg.TRAIN.BATCH_SIZE)
+    steps_per_epoch = len(clips)
+    allowed = int(cfg.DATA.MAX_FAILED_FRACTION * steps_per_epoch * cfg.TRAIN.BATCH_SIZE)
     run = _Run(
         cfg,
+        epochs_in_all(cfg, steps_per_epoch),
+        classes,
         world,
         device,
         log,
         model,
         optimizer(cfg, model),
+        precision(cfg, device),
         Progress(),
         Meter(device, world),
         FailureBudget(allowed, log, folder / "failed.txt"),
@@ -409,22 +477,22 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     )
     if start:
         run.restore(start)
-    _announce(cfg, log, world, device, len(videos), len(clips), run.progress)
+    _announce(run, len(videos), steps_per_epoch)
     if world.main:
         checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
-    with run.stop:
+    with run.stop, _profiler(run) as profiler:
         fit(
             _parallel(model, world, device),
             run.sgd,
             clips,
             progress=run.progress,
             meter=run.meter,
-            epochs=cfg.TRAIN.EPOCHS,
-            lr_at=learning_rate(cfg),
+            epochs=run.epochs,
+            lr_at=learning_rate(cfg, steps_per_epoch),
             prepare=prepare_clips(cfg),
             mix=mix(cfg, world),
             loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
-            precision=precision(cfg),
+            precision=run.precision,
             freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
             failures=run.failures,
             nonfinite=run.nonfinite,
@@ -432,7 +500,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
             world=world,
             log=log,
             log_period=cfg.TRAIN.LOG_PERIOD,
-            after_step=run.after_step,
+            after_step=partial(run.after_step, profiler),
             after_epoch=run.after_epoch,
         )
     log.close()
@@ -605,11 +673,18 @@ def _parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def _announce(
-    cfg: CfgNode, log: Log, world: World, device: torch.device, videos: int, steps: int, progress: Progress
-) -> None:
-    """Print the derived numbers where they are derived."""
-    batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg)
+def _profiler(run: _Run) -> contextlib.AbstractContextManager[StepProfiler | None]:
+    cfg = run.cfg
+    if not cfg.TRAIN.PROFILE_STEPS:
+        return contextlib.nullcontext()
+    folder = Path(cfg.OUTPUT_DIR) / "profile"
+    return StepProfiler(cfg.TRAIN.PROFILE_STEPS, folder, run.world.rank, run.device, run.log)
+
+
+def _announce(run: _Run, videos: int, steps: int) -> None:
+    """Print the derived numbers where they are derived. steps: of an epoch."""
+    cfg, log, world, device, progress = run.cfg, run.log, run.world, run.device, run.progress
+    batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg, steps)
     clip = cost(cfg, cfg.DATA.TRAIN_CROP)
     pool = tuple(cfg.OCTAVE.POOL[1:] if takes_images(cfg) else cfg.OCTAVE.POOL)
     octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {pool}" if cfg.OCTAVE.ALPHA else "vanilla"
@@ -621,15 +696,18 @@ def _announce(
     log.say(
         f"{videos} {kind} in batches of {batch} {unit} ({batch // world.size} on each of {world.size} process(es), "
         f"{device.type}), {' x '.join(map(str, clip.input[1:]))}: {steps} steps an epoch, "
-        f"{steps * cfg.TRAIN.EPOCHS} in all"
+        f"{round(steps * run.epochs)} in all"
     )
     log.say(
         f"learning rate {cfg.SOLVER.BASE_LR:g} at {cfg.SOLVER.BASE_BATCH} clips -> "
         f"{cfg.SOLVER.BASE_LR * batch / cfg.SOLVER.BASE_BATCH:.4g} at {batch}; "
         f"{cfg.SOLVER.SCHEDULE}, starting at {lr(0):.4g}"
     )
+    if cfg.SOLVER.ITERATIONS:
+        held = " + ".join(str(round(count * cfg.SOLVER.BASE_BATCH / batch)) for count in cfg.SOLVER.ITERATIONS)
+        log.say(f"steps at each rate {cfg.SOLVER.ITERATIONS} of {cfg.SOLVER.BASE_BATCH} clips -> {held} of {batch}")
     if progress.step:
         part = f" and {progress.step_in_epoch} steps of the next" if progress.step_in_epoch else ""
         log.say(f"going on after epoch {progress.epoch}{part} (step {progress.step})")
-    run = {"params": clip.params, "macs": clip.macs.total, "world_size": world.size, "videos": videos, "steps": steps}
-    log.event("run", progress.step, run)
+    facts = {"params": clip.params, "macs": clip.macs.total, "world_size": world.size, "videos": videos, "steps": steps}
+    log.event("run", progress.step, facts)

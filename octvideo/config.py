@@ -41,6 +41,7 @@ def defaults() -> CfgNode:
     cfg.MODEL.CHANNELS_LAST = (
         False  # channels_last memory: faster for small networks on CPUs and in half precision on GPUs
     )
+    cfg.MODEL.COMPILE = False  # torch.compile the network: minutes at the start, faster steps behind it on GPUs
     cfg.MODEL.NONLOCAL_FORM = "softmax"  # softmax or dot_product, in networks with non-local blocks
 
     cfg.OCTAVE = CfgNode()
@@ -54,6 +55,9 @@ def defaults() -> CfgNode:
     cfg.DATA.VAL_LIST = ""  # the same, for validation after epochs
     cfg.DATA.TEST_LIST = ""  # the same, for the final test; empty: VAL_LIST
     cfg.DATA.PREFIX = ""  # put before every relative path of the lists
+    cfg.DATA.CLASS_NAMES = (
+        ""  # file of class names, one a line in label order; empty: labels.txt beside the list, if any
+    )
     cfg.DATA.SEPARATOR = " "  # between path and label; the label follows the last one, so paths may hold spaces
     cfg.DATA.DECODER = "auto"  # a name in octvideo.data.decode.BACKENDS, or auto
     cfg.DATA.NUM_FRAMES = 8  # frames of a clip, >= 1
@@ -79,7 +83,7 @@ def defaults() -> CfgNode:
     cfg.TRAIN = CfgNode()
     cfg.TRAIN.ENABLE = True  # train before testing
     cfg.TRAIN.BATCH_SIZE = 64  # clips per step over ALL processes; divisible by their number
-    cfg.TRAIN.EPOCHS = 196  # passes over the training list
+    cfg.TRAIN.EPOCHS = 196  # passes over the training list; with SOLVER.SCHEDULE iterations, that says how long
     cfg.TRAIN.VAL_PERIOD = 1  # epochs between validations; 0: none. The last epoch is always validated otherwise
     cfg.TRAIN.CHECKPOINT_PERIOD = 1  # epochs between checkpoints; the last epoch always leaves one
     cfg.TRAIN.CHECKPOINT_STEPS = 0  # steps between checkpoints within an epoch as well; 0: none
@@ -94,8 +98,11 @@ def defaults() -> CfgNode:
     cfg.TRAIN.EMA_DECAY = 0.0  # of a moving average of the weights, which validation and test then use; 0: none
     cfg.TRAIN.FREEZE_NORM_STATS = False  # norms use, and keep, the statistics that they have (of TRAIN.INIT)
     cfg.TRAIN.ACCUMULATE = 1  # parts that each process takes its batch in, for less memory; norms see the parts apart
-    cfg.TRAIN.DTYPE = "float32"  # of convolutions in training: float32, or on GPUs bfloat16 (weights stay float32)
+    cfg.TRAIN.DTYPE = (
+        "float32"  # of convolutions in training: float32, float16 (with a loss scaler) or, on GPUs, bfloat16
+    )
     cfg.TRAIN.MAX_NONFINITE = 0  # steps of the run that may be skipped because loss or gradient are not finite
+    cfg.TRAIN.PROFILE_STEPS = 0  # steps whose trace is left in OUTPUT_DIR/profile, the first 5 of the process excepted
     cfg.TRAIN.LOG_PERIOD = 10  # steps between training lines in metrics.jsonl
 
     cfg.TEST = CfgNode()
@@ -107,9 +114,12 @@ def defaults() -> CfgNode:
 
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.BASE_LR = 0.1  # peak learning rate at BASE_BATCH; scaled linearly to TRAIN.BATCH_SIZE
-    cfg.SOLVER.BASE_BATCH = 64  # clips per step that BASE_LR and WARMUP_LR belong to
-    cfg.SOLVER.SCHEDULE = "cosine"  # cosine (half of one, with warm-up) or steps (a tenth at each milestone)
+    cfg.SOLVER.BASE_BATCH = 64  # clips per step that BASE_LR, WARMUP_LR and ITERATIONS belong to
+    cfg.SOLVER.SCHEDULE = (
+        "cosine"  # cosine (half of one, with warm-up), steps (a tenth at each milestone) or iterations
+    )
     cfg.SOLVER.MILESTONES = []  # steps: epochs at which the learning rate falls to a tenth, ascending
+    cfg.SOLVER.ITERATIONS = []  # iterations: steps of BASE_BATCH at BASE_LR, at a tenth of it, at a hundredth ...; no more
     cfg.SOLVER.WARMUP_EPOCHS = 34.0  # cosine: linear from WARMUP_LR to the cosine's value there; 0: none
     cfg.SOLVER.WARMUP_LR = 0.01  # learning rate at step 0, at BASE_BATCH
     cfg.SOLVER.CLIP_NORM = 0.0  # most that the gradient's norm may be; 0: no limit
@@ -171,8 +181,8 @@ def check(
     one_of("DEVICE", ["auto", "cpu", "cuda"])
     one_of("MODEL.NAME", networks)
     one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
-    one_of("SOLVER.SCHEDULE", ["cosine", "steps"])
-    one_of("TRAIN.DTYPE", ["float32", "bfloat16"])
+    one_of("SOLVER.SCHEDULE", ["cosine", "steps", "iterations"])
+    one_of("TRAIN.DTYPE", ["float32", "float16", "bfloat16"])
     one_of("DATA.INTERPOLATION", ["bilinear", "bicubic"])
     one_of("DATA.DECODER", ["auto", *decoders])
     one_of("DATA.POLICY", policies)
@@ -181,7 +191,7 @@ def check(
     at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
     at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CHECKPOINT_STEPS")
-    at_least(0, "TRAIN.MAX_NONFINITE", "SOLVER.CLIP_NORM")
+    at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PROFILE_STEPS", "SOLVER.CLIP_NORM")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
@@ -221,8 +231,16 @@ def check(
     require(0 <= cfg.TRAIN.LABEL_SMOOTHING < 1, "TRAIN.LABEL_SMOOTHING", "0 to below 1")
     require(0 <= cfg.SOLVER.MOMENTUM < 1, "SOLVER.MOMENTUM", "0 to below 1")
     require(not cfg.SOLVER.NESTEROV or cfg.SOLVER.MOMENTUM > 0, "SOLVER.NESTEROV", "False where MOMENTUM is 0")
+    milestones, counts = cfg.SOLVER.MILESTONES, cfg.SOLVER.ITERATIONS
+    ascending = all(isinstance(m, int | float) for m in milestones) and sorted(milestones) == list(milestones)
+    require(ascending, "SOLVER.MILESTONES", "ascending numbers of epochs, or []")
+    positive = all(isinstance(count, int) and count > 0 for count in counts)
+    asked = cfg.SOLVER.SCHEDULE == "iterations"
     require(
-        cfg.SOLVER.WARMUP_EPOCHS < cfg.TRAIN.EPOCHS or not cfg.TRAIN.ENABLE,
+        positive and bool(counts) == asked, "SOLVER.ITERATIONS", "counts of steps where SCHEDULE is iterations, else []"
+    )
+    require(
+        cfg.SOLVER.WARMUP_EPOCHS < cfg.TRAIN.EPOCHS or not cfg.TRAIN.ENABLE or cfg.SOLVER.SCHEDULE != "cosine",
         "SOLVER.WARMUP_EPOCHS",
         f"below TRAIN.EPOCHS, which is {cfg.TRAIN.EPOCHS}",
     )

@@ -373,10 +373,11 @@ def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callabl
     clips = torch.randn(batch, *build.clip_size(cfg, cfg.DATA.TRAIN_CROP), device=device)
     clips = clips.contiguous(memory_format=build.memory_format(cfg))
     labels = torch.arange(batch, device=device) % cfg.MODEL.NUM_CLASSES
+    precision = build.precision(cfg, device)
 
     def step() -> int:
         if mode == "training step":
-            train_step(model, optimizer, clips, labels, lr=1e-4, loss=F.cross_entropy, precision=build.precision(cfg))
+            train_step(model, optimizer, clips, labels, lr=1e-4, loss=F.cross_entropy, precision=precision)
         else:
             with torch.inference_mode():
                 model(clips)

@@ -53,6 +53,15 @@ class Log:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
+    def step_line(self, step: int, values: dict[str, float]) -> None:
+        """The numbers of a training event as a line, where no live bar shows them (a file, a cluster's log)."""
+        if not has_terminal():
+            self.say(
+                f"step {step}, epoch {values['epoch']:.2f}: loss {values['loss']:.4f}, top-1 {values['top1']:.1f} %, "
+                f"lr {values['lr']:.4g}, {values['step_s']:.3f} s/step, {values['clips_per_s']:.1f} clips/s, "
+                f"data wait {100 * values['data_wait']:.0f} %, {values['memory_gb']:.2f} GB"
+            )
+
     def say(self, line: str) -> None:
         """A line for the person, above a live bar if there is one."""
         if self.main:
@@ -66,8 +75,12 @@ class Log:
 
 def bar(total: int, title: str, *, unit: str, main: bool) -> tqdm:
     """A live bar on the main rank's terminal; silent where standard error is a file or a pipe."""
-    hidden = not main or not sys.stderr.isatty()
+    hidden = not main or not has_terminal()
     return tqdm(total=total, desc=title, unit=unit, disable=hidden, leave=False, dynamic_ncols=True)
+
+
+def has_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 def duration(seconds: float) -> str:

@@ -28,15 +28,20 @@ class NonFinite:
         self.allowed, self.folder, self.path_of, self.log = allowed, folder, path_of, log
         self.skipped = 0
 
-    def report(self, step: int, lr: float, loss: Tensor, grad_norm: float, videos: list[int]) -> None:
+    def report(self, step: int, lr: float, loss: Tensor, grad_norm: float, videos: list[int], scale: float) -> None:
         """Called on all ranks for the same step, which was skipped. Raises NonFiniteError on all where it was one too many.
 
-        loss and videos: this rank's.
+        loss and videos: this rank's. scale: what the loss was multiplied with. Where that is above 1 and the losses are
+        finite, a gradient that overflows is how a scaler finds its scale: noted as an event, not counted.
         """
-        self.skipped += 1
         parts = gather_objects((float(loss), [self.path_of(video) for video in videos]))
         losses, paths = [loss for loss, _ in parts], [path for _, part in parts for path in part]
-        record = {"step": step, "lr": lr, "loss": _plain(losses), "grad_norm": _plain([grad_norm])[0], "paths": paths}
+        if scale > 1 and all(map(math.isfinite, losses)):
+            self.log.event("overflow", step, {"scale": scale})
+            return
+        self.skipped += 1
+        numbers = {"loss": _plain(losses), "grad_norm": _plain([grad_norm])[0]}
+        record = {"step": step, "lr": lr, "scale": scale, **numbers, "paths": paths}
         file = self.folder / f"nonfinite_{step:08d}.json"
         if self.log.main:
             write_atomic(file, (json.dumps(record, indent=1) + "\n").encode())
@@ -44,7 +49,7 @@ class NonFinite:
             f"step {step} was skipped: loss {losses}, gradient norm {grad_norm:g}, learning rate {lr:.4g}; see {file}"
         )
         self.log.say(said)
-        self.log.event("nonfinite", step, {"lr": lr, "skipped": self.skipped})
+        self.log.event("nonfinite", step, {"lr": lr, "scale": scale, "skipped": self.skipped})
         if self.skipped > self.allowed:
             raise NonFiniteError(
                 f"{said}\n{self.skipped} step(s) of this run were not finite, and TRAIN.MAX_NONFINITE allows "

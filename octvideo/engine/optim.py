@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -49,5 +50,16 @@ def warmup_cosine(epoch: float, *, epochs: int, base_lr: float, warmup_epochs: f
 
 
 def steps(epoch: float, *, base_lr: float, milestones: Sequence[float], factor: float = 0.1) -> float:
-    """base_lr, multiplied by `factor` at each milestone passed. milestones: epochs, e.g. (44, 88) of 118."""
-    return base_lr * factor ** sum(epoch >= milestone for milestone in milestones)
+    """base_lr, multiplied by `factor` at each milestone passed. milestones: epochs, e.g. (44, 88) of 118.
+
+    A milestone that is a number of steps, and so a fraction of an epoch, is met at that step despite rounding.
+    """
+    return base_lr * factor ** sum(epoch >= milestone - 1e-9 for milestone in milestones)
+
+
+def milestones_of(iterations: Sequence[float], steps_per_epoch: int) -> tuple[float, ...]:
+    """Steps that each rate is held for -> where they end, in epochs; the last one is the length of the run.
+
+    (150_000, 100_000, 50_000), the paper's, at 3666 steps an epoch: 40.92, 68.19 and 81.83 epochs.
+    """
+    return tuple(total / steps_per_epoch for total in accumulate(iterations))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -95,11 +97,18 @@ class StopRequest:
 class Precision:
     """How a step computes. accumulate: parts that a rank's batch is taken in, one after the other, for less memory; their
     gradients add up to the whole batch's. clip_norm: most that the gradient's norm may be, 0 for no limit. dtype: of
-    convolutions and products; weights, norms' statistics and the loss stay float32."""
+    convolutions and products; weights, norms' statistics and the loss stay float32. scaler: float16 needs one, or small
+    gradients vanish; it changes the scale of the loss from step to step."""
 
     accumulate: int = 1
     clip_norm: float = 0.0
     dtype: torch.dtype = torch.float32
+    scaler: torch.amp.GradScaler | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the loss of the next step is multiplied with."""
+        return self.scaler.get_scale() if self.scaler else 1.0
 
 
 def train_step(
@@ -128,11 +137,15 @@ def train_step(
             with torch.autocast(clips.device.type, precision.dtype, enabled=precision.dtype != torch.float32):
                 logits = model(some)
             value = loss(logits.float(), wanted) * (len(some) / len(clips))
-            value.backward()
+            (precision.scaler.scale(value) if precision.scaler else value).backward()
         values.append(value.detach())
         outputs.append(logits.detach().float())
+    if precision.scaler:
+        precision.scaler.unscale_(optimizer)
     limit = precision.clip_norm or math.inf
     grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+    if precision.scaler:
+        precision.scaler.update()
     if math.isfinite(grad_norm):
         optimizer.step()
     else:
@@ -148,7 +161,7 @@ def fit(
     *,
     progress: Progress,
     meter: Meter,
-    epochs: int,
+    epochs: float,
     lr_at: Callable[[float], float],
     prepare: Callable[[Tensor], Tensor],
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
@@ -166,6 +179,7 @@ def fit(
 ) -> None:
     """Train from `progress` to `epochs`, updating `progress`, `meter` and `failures`: what a checkpoint in mid-epoch holds.
 
+    epochs: passes over the data; of a last one that is not whole, 0.25 say, the first quarter of the steps is taken.
     lr_at: epochs done, with fractions -> learning rate. prepare: uint8 clips on the device -> network input.
     mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
     freeze_norm_stats: norms use their running statistics and leave them as they are.
@@ -175,8 +189,9 @@ def fit(
     """
     first = progress.epoch + progress.step_in_epoch / max(1, _steps(loader, progress.epoch, 0))
     started = time.perf_counter()
-    for epoch in range(progress.epoch, epochs):
+    for epoch in range(progress.epoch, math.ceil(epochs)):
         steps = _steps(loader, epoch, 0)
+        last_step = min(steps, round((epochs - epoch) * steps))
         loader.batch_sampler.set_epoch(epoch, progress.step_in_epoch)
         if not progress.step_in_epoch:
             failures.begin_epoch()
@@ -186,9 +201,9 @@ def fit(
         if freeze_norm_stats:
             for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
                 norm.eval()
-        with bar(steps, f"epoch {epoch + 1}/{epochs}", unit="step", main=world.main) as shown:
+        with bar(last_step, f"epoch {epoch + 1}/{math.ceil(epochs)}", unit="step", main=world.main) as shown:
             shown.update(progress.step_in_epoch)
-            for batch in meter.timed(loader):
+            for batch in meter.timed(loader, last_step - progress.step_in_epoch):
                 if batch.errors:
                     raise TrainingError(batch.errors[0])
                 failures.add(batch.replaced, progress.step)
@@ -196,6 +211,7 @@ def fit(
                 labels = batch.labels.to(device, non_blocking=True)
                 lr = lr_at(epoch + progress.step_in_epoch / steps)
                 clips, targets = mix(clips, labels, progress.step)
+                scale = precision.scale
                 value, logits, grad_norm = train_step(model, optimizer, clips, targets, lr, loss, precision)
                 progress.step += 1
                 progress.step_in_epoch += 1
@@ -203,11 +219,12 @@ def fit(
                 if math.isfinite(grad_norm):
                     meter.add(value, topk_correct(logits, labels, 1).sum(), len(labels), grad_norm)
                 else:
-                    nonfinite.report(progress.step, lr, value, grad_norm, batch.videos.tolist())
-                if progress.step % log_period == 0 or progress.step_in_epoch == steps:
+                    nonfinite.report(progress.step, lr, value, grad_norm, batch.videos.tolist(), scale)
+                if progress.step % log_period == 0 or progress.step_in_epoch == last_step:
                     failures.share(progress.step)
                     values = {"epoch": done, "lr": lr, **meter.since_last()}
-                    log.event("train", progress.step, values)
+                    log.event("train", progress.step, {**values, **({"scale": scale} if precision.scaler else {})})
+                    log.step_line(progress.step, values)
                 eta = (time.perf_counter() - started) / (done - first) * (epochs - done)
                 shown.set_postfix_str(f"{meter.line()}, whole run {duration(eta)} left", refresh=False)
                 shown.update()
@@ -239,6 +256,7 @@ class Meter:
         """Times are of this process: what an earlier one took is not known to it."""
         self.wait = self.part_waited = 0.0
         self.started = self.part_started = time.perf_counter()
+        self.steps = self.part_steps = 0
         self.before = self.loss.count
         self.part_before = self.part_loss.count
         self.shown = ("", 0.0)
@@ -253,15 +271,14 @@ class Meter:
 
     _SUMS = ("loss", "correct", "part_loss", "part_correct")
 
-    def timed(self, loader: EpochLoader) -> Any:
-        """The batches of the loader; the time spent waiting for them adds up in `wait`."""
+    def timed(self, loader: EpochLoader, steps: int) -> Any:
+        """The first `steps` batches of the loader; the time spent waiting for them adds up in `wait`."""
         batches = iter(loader)
-        while True:
+        for _ in range(steps):
             asked = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(batches)
             self.wait += time.perf_counter() - asked
-            if batch is None:
-                return
+            self.steps += 1
             yield batch
 
     def add(self, loss: Tensor, correct: Tensor, count: int, grad_norm: float) -> None:
@@ -276,9 +293,11 @@ class Meter:
         values = self._numbers(
             self.part_loss, self.part_correct, clips, now - self.part_started, self.wait - self.part_waited
         )
+        step_s = (now - self.part_started) / max(1, self.steps - self.part_steps)
         self.part_loss, self.part_correct = Mean(), Mean()
         self.part_started, self.part_waited, self.part_before = now, self.wait, 0
-        return {**values, "grad_norm": self.grad_norm}
+        self.part_steps = self.steps
+        return {**values, "step_s": step_s, "memory_gb": peak_memory_gb(self.device), "grad_norm": self.grad_norm}
 
     def epoch(self) -> dict[str, float]:
         """Numbers over all ranks since the epoch began."""
@@ -309,3 +328,12 @@ class Meter:
             )
             self.shown = (text, now)
         return text
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most that this process has had so far, in 10**9 bytes: on a GPU what torch reserved there, else its resident
+    memory, without that of its workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

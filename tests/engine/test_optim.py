@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from octvideo.engine.optim import set_lr, sgd, warmup_cosine
+from octvideo.engine.optim import milestones_of, set_lr, sgd, steps, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,35 @@ def test_the_kinetics_schedule(epoch: float, lr: float) -> None:
 def test_no_warmup_starts_at_the_base_rate_and_the_end_is_zero() -> None:
     assert warmup_cosine(0, epochs=10, base_lr=0.3, warmup_epochs=0, warmup_lr=0.01) == 0.3
     assert warmup_cosine(10, epochs=10, base_lr=0.3, warmup_epochs=0, warmup_lr=0.01) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("epoch,lr", [(0, 0.01), (43.9, 0.01), (44, 1e-3), (87.9, 1e-3), (88, 1e-4), (118, 1e-4)])
+def test_the_schedule_from_imagenet(epoch: float, lr: float) -> None:
+    assert steps(epoch, base_lr=0.01, milestones=(44, 88)) == pytest.approx(lr)
+
+
+def test_the_paper_s_iterations() -> None:
+    """150k steps at the first rate, 100k at a tenth, 50k at a hundredth; every change at its step, to the step."""
+    per_epoch = 234_643 // 64
+    first, second, end = milestones_of((150_000, 100_000, 50_000), per_epoch)
+    assert round(end * per_epoch) == 300_000 and end == pytest.approx(81.83, abs=0.01)
+
+    def lr(step: int) -> float:
+        epoch, in_epoch = divmod(step, per_epoch)
+        return steps(epoch + in_epoch / per_epoch, base_lr=0.01, milestones=(first, second))
+
+    for step, before, behind in ((150_000, 0.01, 1e-3), (250_000, 1e-3, 1e-4)):
+        assert (lr(step - 1), lr(step)) == (pytest.approx(before), pytest.approx(behind))
+    assert lr(0) == 0.01 and lr(299_999) == pytest.approx(1e-4)
+
+
+def test_a_change_comes_at_its_step_whatever_the_length_of_an_epoch() -> None:
+    for per_epoch in range(1, 200):
+        (change,) = milestones_of((100,), per_epoch)
+        rates = [
+            steps(s // per_epoch + s % per_epoch / per_epoch, base_lr=1.0, milestones=(change,)) for s in (99, 100)
+        ]
+        assert rates == [1.0, 0.1], per_epoch
 
 
 def test_norms_and_biases_are_not_decayed() -> None:

@@ -79,6 +79,26 @@ def test_bfloat16_computes_roughly_the_same_and_keeps_the_weights_in_float32() -
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
+def test_float16_with_a_scaler_computes_roughly_the_same() -> None:
+    _, losses, norms = stepped(Precision())
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+    net, rough, rough_norms = stepped(Precision(dtype=torch.float16, scaler=scaler))
+    assert rough == pytest.approx(losses, rel=0.01) and rough != losses
+    assert rough_norms == pytest.approx(norms, rel=0.01)  # taken back to the loss's own scale before clipping
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert scaler.get_scale() == 512.0  # doubled once in three steps
+
+
+def test_a_scale_that_overflows_is_halved_and_the_step_skipped() -> None:
+    net, sgd = linear()
+    before = [p.detach().clone() for p in net.parameters()]
+    precision = Precision(dtype=torch.float16, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    x, y = torch.randn(7, 3, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 5
+    value, _, norm = train_step(net, sgd, x, y, 0.1, F.cross_entropy, precision)
+    assert math.isfinite(value) and not math.isfinite(norm) and precision.scale == 2.0**39
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
 def test_a_step_whose_gradient_is_not_finite_changes_nothing() -> None:
     net, sgd = linear()
     before = [p.detach().clone() for p in net.parameters()]
@@ -147,7 +167,7 @@ def run(
     loader: Loader,
     progress: Progress,
     tmp_path,
-    epochs: int = 3,
+    epochs: float = 3,
     mix=keep,
     allowed: int = 0,
     meter: Meter | None = None,
@@ -204,6 +224,28 @@ def test_fit_goes_on_where_progress_says(tmp_path) -> None:
     assert loader.batch_sampler.started == [(2, 0)]
 
 
+def test_a_run_may_end_within_an_epoch(tmp_path) -> None:
+    loader = Loader(batch(), batch(), batch(), batch())
+    ended, rates = run(loader, Progress(), tmp_path, epochs=1.5)
+    assert [(e["epoch"], e["step"]) for e in ended] == [(1, 4), (2, 6)]
+    assert max(rates) == 1.25  # of the last step; a quarter of an epoch is one step of four
+    assert run(loader, Progress(epoch=2, step=6), tmp_path, epochs=1.5) == ([], [])
+
+
+def test_a_line_of_training_holds_what_it_costs(tmp_path, capsys) -> None:
+    run(Loader(batch(), batch()), Progress(), tmp_path, epochs=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["event"] == "train"]
+    assert len(train) == 2
+    for line in train:
+        assert line["clips_per_s"] == pytest.approx(4 / line["step_s"])
+        assert 0.01 < line["memory_gb"] < 100 and 0 <= line["data_wait"] <= 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith(
+        f"step 2, epoch 1.00: loss {train[1]['loss']:.4f}, top-1 {train[1]['top1']:.1f} %, lr 0.1, "
+    )
+
+
 def test_a_clip_that_cannot_be_decoded_stops_the_run_with_its_reason(tmp_path) -> None:
     bad = batch()
     bad.errors.append("train.txt:7: a.mp4: truncated")
@@ -219,10 +261,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
     assert record == {
         "step": 2,
         "lr": 0.1,
+        "scale": 1.0,
         "loss": ["nan"],
         "grad_norm": "nan",
         "paths": [f"clips/{video}.mp4" for video in range(4)],
     }
+
+
+def test_overflows_that_a_scaler_answers_are_events_and_do_not_count(tmp_path) -> None:
+    log = Log(tmp_path, main=True, step=0)
+    nonfinite = NonFinite(0, tmp_path, str, log)
+    nonfinite.report(3, 0.1, torch.tensor(1.5), math.inf, [1, 2], scale=1024.0)
+    assert nonfinite.skipped == 0 and not list(tmp_path.glob("nonfinite_*"))
+    (event,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (event["event"], event["step"], event["scale"]) == ("overflow", 3, 1024.0)
+    with pytest.raises(NonFiniteError):  # no scale is left to take away
+        nonfinite.report(4, 0.1, torch.tensor(1.5), math.inf, [1, 2], scale=1.0)
+    with pytest.raises(NonFiniteError):  # the loss itself
+        nonfinite.report(5, 0.1, torch.tensor(math.nan), math.inf, [1, 2], scale=1024.0)
 
 
 def test_within_its_number_a_step_that_is_not_finite_is_skipped_and_nothing_else(tmp_path) -> None:

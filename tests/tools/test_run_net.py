@@ -1,6 +1,7 @@
 """The main job end to end on small videos made here: train, validate, test, resume, two processes, and bad input."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -237,6 +238,91 @@ def test_parts_of_a_batch_and_clipping_from_the_command_line(videos: Path, tmp_p
     assert all(event["grad_norm"] > 0 for event in events(tmp_path / "out", "train"))
 
 
+def test_a_run_of_iterations_ends_at_its_last_step(videos: Path, tmp_path: Path) -> None:
+    more = [
+        "SOLVER.SCHEDULE",
+        "iterations",
+        "SOLVER.ITERATIONS",
+        "[2, 1]",
+        "SOLVER.BASE_BATCH",
+        "4",
+        "TRAIN.LOG_PERIOD",
+        "1",
+    ]
+    said = run(arguments(videos, tmp_path / "out", *more, "TEST.ENABLE", "False"))[0]
+    assert "steps at each rate [2, 1] of 4 clips -> 2 + 1 of 4" in said and "2 steps an epoch, 3 in all" in said
+    assert [(e["step"], e["lr"]) for e in events(tmp_path / "out", "train")] == [
+        (1, 0.1),
+        (2, 0.1),
+        (3, pytest.approx(0.01)),
+    ]
+    assert [e["step"] for e in events(tmp_path / "out", "val")] == [2, 3]
+    assert checkpoint.latest(tmp_path / "out")[1]["step"] == 3
+    error = run(arguments(videos, tmp_path / "no", "SOLVER.ITERATIONS", "[2, 1]"), status=2)[1]
+    assert "SOLVER.ITERATIONS is [2, 1]; allowed: counts of steps where SCHEDULE is iterations, else []" in error
+
+
+def test_float16_trains_on_a_cpu_and_keeps_its_scale(videos: Path, tmp_path: Path) -> None:
+    run(arguments(videos, tmp_path / "out", "TRAIN.DTYPE", "float16", "TEST.ENABLE", "False", "TRAIN.LOG_PERIOD", "1"))
+    state = checkpoint.latest(tmp_path / "out")[1]
+    assert state["scaler"]["scale"] == 65536.0 / 2 ** len(events(tmp_path / "out", "overflow"))
+    assert events(tmp_path / "out", "train")[-1]["scale"] == state["scaler"]["scale"]
+
+
+def test_class_names_are_those_beside_the_list_and_go_into_the_checkpoint(videos: Path, tmp_path: Path) -> None:
+    shutil.copytree(videos, tmp_path / "videos")
+    names = tmp_path / "videos/labels.txt"
+    names.write_text("dark\nbright\n")
+    run(
+        arguments(
+            tmp_path / "videos",
+            tmp_path / "out",
+            "TRAIN.EPOCHS",
+            "1",
+            "SOLVER.WARMUP_EPOCHS",
+            "0",
+            "TEST.ENABLE",
+            "False",
+        )
+    )
+    assert checkpoint.latest(tmp_path / "out")[1]["classes"] == ["dark", "bright"]
+    names.write_text("dark\nbright\nthird\n")
+    error = run(arguments(tmp_path / "videos", tmp_path / "no"), status=2)[1]
+    assert f"class names in {names}: 1 problem(s)\n  3 names, 3 of them different, for MODEL.NUM_CLASSES 2" in error
+    error = run(arguments(videos, tmp_path / "no", "DATA.CLASS_NAMES", str(tmp_path / "gone.txt")), status=2)[1]
+    assert "gone.txt: 1 problem(s)\n  cannot be read" in error
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_profile_of_steps(videos: Path, tmp_path: Path) -> None:
+    more = ["TRAIN.EPOCHS", "4", "TRAIN.VAL_PERIOD", "0", "TRAIN.PROFILE_STEPS", "2", "TEST.ENABLE", "False"]
+    said = run(arguments(videos, tmp_path / "out", *more))[0]
+    assert "profile: " in said
+    with gzip.open(tmp_path / "out/profile/rank_0.json.gz") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
+    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#5", "ProfilerStep#6"}
+    assert "aten::avg_pool2d" in (tmp_path / "out/profile/rank_0.txt").read_text()
+    assert sorted(p.name for p in (tmp_path / "out/profile").iterdir()) == ["rank_0.json.gz", "rank_0.txt"]
+
+
+@pytest.mark.slow
+def test_compiled_it_trains_to_the_same_numbers(videos: Path, tmp_path: Path) -> None:
+    for name, more in (("eager", ()), ("compiled", ("MODEL.COMPILE", "True"))):
+        run(arguments(videos, tmp_path / name, "TRAIN.LOG_PERIOD", "1", *more))
+    eager, compiled = ([e["loss"] for e in events(tmp_path / name, "train")] for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    assert weights(tmp_path / "eager").keys() == weights(tmp_path / "compiled").keys()
+
+
+def test_compiling_without_a_compiler(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    error = run(arguments(videos, tmp_path / "no", "MODEL.COMPILE", "True"), status=2)[1]
+    assert (
+        "MODEL.COMPILE: 1 problem(s)\n  a CPU needs a C++ compiler for it, and there is no 'no-such-compiler' here"
+        in error
+    )
+
+
 def test_a_moving_average_is_what_is_tested(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tested, load_weights = [], checkpoint.load_weights
 
@@ -254,10 +340,10 @@ def test_a_moving_average_is_what_is_tested(videos: Path, tmp_path: Path, monkey
 
 def test_bfloat16_is_for_gpus(videos: Path, tmp_path: Path) -> None:
     error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "bfloat16"), status=2)[1]
-    assert "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, or a GPU" in error
+    assert "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, float16 or a GPU" in error
     assert not (tmp_path / "no").exists()
     error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "float8"), status=2)[1]
-    assert "TRAIN.DTYPE is 'float8'; allowed: float32, bfloat16" in error
+    assert "TRAIN.DTYPE is 'float8'; allowed: float32, float16, bfloat16" in error
 
 
 def with_a_bad_file(videos: Path, folder: Path) -> list[str]:
