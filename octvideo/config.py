@@ -41,7 +41,7 @@ def defaults() -> CfgNode:
     cfg.MODEL.CHANNELS_LAST = (
         False  # channels_last memory: faster for small networks on CPUs and in half precision on GPUs
     )
-    cfg.MODEL.COMPILE = False  # torch.compile the network: minutes at the start, faster steps behind it on GPUs
+    cfg.MODEL.COMPILE = False  # torch.compile the network: minutes at the start; dropout draws otherwise
     cfg.MODEL.NONLOCAL_FORM = "softmax"  # softmax or dot_product, in networks with non-local blocks
 
     cfg.OCTAVE = CfgNode()
