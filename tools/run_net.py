@@ -17,11 +17,21 @@ from octvideo.data.loader import LoaderError
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import DistributedError, World
 from octvideo.engine.failures import BudgetError
+from octvideo.engine.log import LogError
 from octvideo.engine.nonfinite import NonFiniteError
 from octvideo.engine.train import Stopped, TrainingError
 
 MISTAKES = (ConfigError, ListError, MissingDecoderError)
-FAILURES = (DecodeError, LoaderError, CheckpointError, DistributedError, TrainingError, BudgetError, NonFiniteError)
+FAILURES = (
+    DecodeError,
+    LoaderError,
+    CheckpointError,
+    LogError,
+    DistributedError,
+    TrainingError,
+    BudgetError,
+    NonFiniteError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
 import time
@@ -104,6 +105,8 @@ class Loader:
         timeout_s: float = 0,
         pin_memory: bool = False,
     ) -> None:
+        if num_workers:
+            atexit.register(_end_workers)
         self.batch_sampler, self.path_of, self.timeout_s = batches, path_of, timeout_s
         self.watched = Watched(dataset, num_workers)
         self.loader = DataLoader(
@@ -150,6 +153,15 @@ def _ignore_signals(worker: int) -> None:
     """A cluster signals every process of a job. The training process decides what to do; it needs its workers for that."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the end of a process that an exception ends, the exception still holds its loaders; multiprocessing would wait
+    for their workers for ever, since these ignore the SIGTERM that it sends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class Watched(Dataset[Sample]):

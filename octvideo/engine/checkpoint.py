@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -44,7 +45,9 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> No
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is untouched") from error
+        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
+        reason = f"{_first_line(error)}; {free:.0f} MB are free there"
+        raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is untouched") from error
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from octvideo.engine.checkpoint import write_atomic
+
+
+class LogError(RuntimeError):
+    """The history of a run cannot be written (disk full, no permission)."""
 
 
 class Log:
@@ -27,11 +33,12 @@ class Log:
         self.path = folder / "metrics.jsonl"
         self.board: SummaryWriter | None = None
         if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            if step is not None:
-                self._forget_after(step, in_epoch)
-            purge_step = None if step is None else step + 1
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+            with self._written():
+                folder.mkdir(parents=True, exist_ok=True)
+                if step is not None:
+                    self._forget_after(step, in_epoch)
+                purge_step = None if step is None else step + 1
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def _forget_after(self, step: int, in_epoch: bool) -> None:
         if not self.path.exists():
@@ -47,11 +54,12 @@ class Log:
         if not self.main or self.board is None:
             return
         record = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        with self._written():
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def step_line(self, step: int, values: dict[str, float]) -> None:
         """The numbers of a training event as a line, where no live bar shows them (a file, a cluster's log)."""
@@ -70,7 +78,17 @@ class Log:
 
     def close(self) -> None:
         if self.board is not None:
-            self.board.close()
+            with self._written():
+                self.board.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LogError(
+                f"{self.path.parent}: the run's history cannot be written ({error}); checkpoints are not harmed"
+            ) from error
 
 
 def bar(total: int, title: str, *, unit: str, main: bool) -> tqdm:

@@ -1,8 +1,11 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,3 +222,30 @@ def test_when_nothing_can_be_decoded_the_sample_fails_and_names_all_it_tried(vid
 
     sample = Replacing(Hopeless(0), seed=0, tries=3)[0, 2]
     assert sample.error.endswith("gone") and len(sample.replaced) == 3 and sample.replaced[0].video == 2
+
+
+DYING = """
+import torch
+from octvideo.data.dataset import Sample
+from octvideo.data.loader import Loader, TrainBatches
+
+class Samples(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        return Sample(torch.zeros(1, 3, 1, 1, 1, dtype=torch.uint8), 0, key[1])
+
+def train():
+    loader = Loader(Samples(), TrainBatches(8, global_batch=1, seed=0), path_of=str, num_workers=2)
+    for batch in loader:
+        raise KeyError("a mistake in the program")
+
+train()
+"""
+
+
+def test_a_process_that_an_exception_ends_does_not_wait_for_its_workers() -> None:
+    """The traceback holds the loader, and its workers ignore the SIGTERM with which multiprocessing ends them."""
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("KeyError: 'a mistake in the program'")

@@ -1,9 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from octvideo.engine.log import Log, duration
+from octvideo.engine.log import Log, LogError, duration
 
 
 def events(folder: Path) -> list[dict]:
@@ -64,6 +65,16 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log.event("train", 1, {"loss": 1.0})
     log.close()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    log = Log(tmp_path, main=True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(LogError, match="the run's history cannot be written .*No space left on device.*not harmed"):
+        log.event("train", 1, {"loss": 2.5})
+    (tmp_path / "file").touch()
+    with pytest.raises(LogError, match="file: the run's history cannot be written"):
+        Log(tmp_path / "file", main=True)
 
 
 def test_duration() -> None:
