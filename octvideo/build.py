@@ -48,11 +48,13 @@ from octvideo.models import (
     ResNetSpec,
     SlowFastSpec,
     Spec,
+    checkpoint_activations,
     create,
     feature_sizes,
     with_octave,
     with_pool_padding,
 )
+from octvideo.octave import synchronize_norms
 
 
 def _is_image_network(spec: Spec) -> bool:
@@ -482,7 +484,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
     with run.stop, _profiler(run) as profiler:
         fit(
-            _parallel(model, world, device),
+            _parallel(cfg, model, world, device),
             run.sgd,
             clips,
             progress=run.progress,
@@ -667,7 +669,12 @@ def _summed(meters: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
     }
 
 
-def _parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+def _parallel(cfg: CfgNode, model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """The model as the loop takes it. For a single process TRAIN.SYNC_NORM changes nothing."""
+    if cfg.TRAIN.CHECKPOINT_ACTIVATIONS:
+        checkpoint_activations(model)
+    if cfg.TRAIN.SYNC_NORM:
+        synchronize_norms(model)
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)

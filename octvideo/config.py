@@ -97,6 +97,8 @@ def defaults() -> CfgNode:
     cfg.TRAIN.MIXUP = 0.0  # alpha of the Beta distribution that mixes pairs of clips and labels; 0: none
     cfg.TRAIN.EMA_DECAY = 0.0  # of a moving average of the weights, which validation and test then use; 0: none
     cfg.TRAIN.FREEZE_NORM_STATS = False  # norms use, and keep, the statistics that they have (of TRAIN.INIT)
+    cfg.TRAIN.SYNC_NORM = False  # norms' statistics over all processes' batches; False: each process's own batch
+    cfg.TRAIN.CHECKPOINT_ACTIVATIONS = False  # recompute blocks in backward: less memory, up to half more time
     cfg.TRAIN.ACCUMULATE = 1  # parts that each process takes its batch in, for less memory; norms see the parts apart
     cfg.TRAIN.DTYPE = (
         "float32"  # of convolutions in training: float32, float16 (with a loss scaler) or, on GPUs, bfloat16
@@ -228,6 +230,8 @@ def check(
             list(cfg.OCTAVE.POOL) == [1, 2, 2], "OCTAVE.POOL", f"[1, 2, 2] for images, which {cfg.MODEL.NAME} takes"
         )
     require(0 <= cfg.TRAIN.EMA_DECAY < 1, "TRAIN.EMA_DECAY", "0 to below 1")
+    unread = cfg.TRAIN.SYNC_NORM and cfg.TRAIN.FREEZE_NORM_STATS
+    require(not unread, "TRAIN.SYNC_NORM", "False with TRAIN.FREEZE_NORM_STATS, whose norms read no batch")
     require(0 <= cfg.TRAIN.LABEL_SMOOTHING < 1, "TRAIN.LABEL_SMOOTHING", "0 to below 1")
     require(0 <= cfg.SOLVER.MOMENTUM < 1, "SOLVER.MOMENTUM", "0 to below 1")
     require(not cfg.SOLVER.NESTEROV or cfg.SOLVER.MOMENTUM > 0, "SOLVER.NESTEROV", "False where MOMENTUM is 0")

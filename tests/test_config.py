@@ -141,3 +141,8 @@ def test_every_key_is_read_and_every_key_read_exists() -> None:
                     read.add(text.removeprefix("cfg."))
     sections = {key.split(".")[0] for key in keys if "." in key}
     assert read - sections == keys
+
+
+def test_norms_that_read_no_batch_share_no_statistics(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, GOOD), "TRAIN.SYNC_NORM", "True", "TRAIN.FREEZE_NORM_STATS", "True")
+    assert problem == "TRAIN.SYNC_NORM is True; allowed: False with TRAIN.FREEZE_NORM_STATS, whose norms read no batch"

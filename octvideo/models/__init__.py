@@ -4,6 +4,7 @@ from torch import nn
 
 from octvideo.models.densenet import DenseNet
 from octvideo.models.mobilenet import MobileNet
+from octvideo.models.recompute import checkpoint_activations
 from octvideo.models.resnet import ResNet
 from octvideo.models.slowfast import SlowFast
 from octvideo.models.spec import (
@@ -50,6 +51,7 @@ __all__ = [
     "Spec",
     "StageSpec",
     "StemSpec",
+    "checkpoint_activations",
     "create",
     "feature_sizes",
     "with_nonlocal",

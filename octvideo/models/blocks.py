@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from octvideo.models.recompute import Blocks
 from octvideo.models.spec import ConvSpec, NetSpec, ResNetSpec, Size, StageSpec
 from octvideo.octave import (
     Feature,
@@ -172,9 +173,9 @@ class Bottleneck(nn.Module):
         return convolution(lift(self.relu, batch_norm(x)))
 
 
-def stage(spec: ResNetSpec, stage: StageSpec, parts: Parts) -> nn.Sequential:
+def stage(spec: ResNetSpec, stage: StageSpec, parts: Parts) -> Blocks:
     """The blocks of a stage under their numbers, "0", "1", "nonlocal1", ..., then "pool" where the stage has one."""
-    blocks = nn.Sequential()
+    blocks = Blocks()
     for index, temporal_kernel in enumerate(stage.temporal_kernels):
         block = Bottleneck(spec, stage, parts, first=index == 0, temporal_kernel=temporal_kernel)
         blocks.add_module(str(index), block)

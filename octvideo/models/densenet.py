@@ -7,6 +7,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from octvideo.models.blocks import Head, Stem, channels_of, conv, initialize, norm, split
+from octvideo.models.recompute import Blocks
 from octvideo.models.spec import DenseNetSpec
 from octvideo.octave import Feature, Parts, average_pool, concatenate, lift
 
@@ -59,7 +60,7 @@ class DenseNet(nn.Module):
             if index:
                 transitions[part.name] = Transition(spec, parts, part.alpha, part.stride)
                 parts = split(channels_of(parts) // 2, part.alpha)
-            layers = nn.Sequential()
+            layers = Blocks()
             for _ in range(part.layers):
                 layers.append(DenseLayer(spec, parts, part.alpha))
                 parts += split(spec.growth, part.alpha)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from octvideo.models.blocks import Convolutions, Head, Stem, channels_of, conv, initialize, norm, split
+from octvideo.models.recompute import Blocks
 from octvideo.models.spec import ConvSpec, MobileNetSpec, Size
 from octvideo.octave import Feature, Parts, lift
 
@@ -72,7 +73,7 @@ class MobileNet(nn.Module):
         parts = split(spec.stem.channels, 0.0)
         following = iter([*[part.alpha for part in spec.stages for _ in part.channels][1:], 0.0])
         for part in spec.stages:
-            blocks = nn.Sequential()
+            blocks = Blocks()
             for index, channels in enumerate(part.channels):
                 stride, alpha_next = part.stride if index == 0 else (1, 1), next(following)
                 if part.expansion:

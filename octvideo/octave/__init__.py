@@ -14,7 +14,14 @@ from octvideo.octave.feature import (
     split_channels,
     upsample,
 )
-from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, OctMaxPool2d, OctMaxPool3d, SqueezeExcite
+from octvideo.octave.layers import (
+    OctBatchNorm2d,
+    OctBatchNorm3d,
+    OctMaxPool2d,
+    OctMaxPool3d,
+    SqueezeExcite,
+    synchronize_norms,
+)
 
 __all__ = [
     "Feature",
@@ -35,5 +42,6 @@ __all__ = [
     "global_average_pool",
     "lift",
     "split_channels",
+    "synchronize_norms",
     "upsample",
 ]

@@ -19,16 +19,19 @@ from octvideo.octave.feature import (
     require_feature,
     split_channels,
 )
+from octvideo.octave.sync import normalize, several_processes, shared_statistics
 
 
 class _OctBatchNorm(_BatchNorm):
     """One vector per statistic, as in the vanilla norm; its first part normalizes high, the rest low.
 
     parts: in place of alpha for a concatenation, (high, low) channels of each part; the vectors stay in the vanilla
-    order, part by part.
+    order, part by part. order: where the channels of the maps, high before low, stand in the vectors; None: likewise.
+    synchronized: in training, statistics are those of all processes' batches (`synchronize_norms`).
     """
 
     order: Tensor | None
+    synchronized = False
 
     def __init__(
         self,
@@ -52,26 +55,46 @@ class _OctBatchNorm(_BatchNorm):
         self.alpha = self.low / num_features if parts else float(alpha)
         self.register_buffer("order", channel_order(parts or ((self.high, self.low),)), persistent=False)
 
-    def forward(self, x: Feature) -> Feature:  # type: ignore[override]
-        """x: [N, C, ...] when alpha gives no low channels, else Octave of C_high + C_low channels."""
+    def forward(self, x: Feature, *, high_only: bool = False) -> Feature:  # type: ignore[override]
+        """x: [N, C, ...] when alpha gives no low channels, else Octave of C_high + C_low channels.
+
+        high_only: x is [N, C_high, ...] and low is left alone.
+        """
+        if high_only:
+            assert isinstance(x, Tensor)
+            return self._normalize_maps((x,), (slice(0, self.high),))[0]
         if not isinstance(x, Octave) and not self.low:
+            if self._shares():
+                self._check_input_dim(x)
+                return self._normalize_maps((x,), (slice(None),))[0]
             return super().forward(x)
         if not isinstance(x, Octave) or (x.high.shape[1], x.low.shape[1]) != (self.high, self.low):
             require_feature(x, self.high, self.low, (1,) * (_first(x).dim() - 2), type(self).__name__)
         assert isinstance(x, Octave)
         self._check_input_dim(x.high)
         self._check_input_dim(x.low)
-        momentum = self._step_momentum()
         highs: slice | Tensor = slice(0, self.high)
         lows: slice | Tensor = slice(self.high, None)
         if self.order is not None:
             highs, lows = self.order[highs], self.order[lows]
-        high = self._normalize(x.high, highs, momentum) if self.high else x.high
-        return Octave(high, self._normalize(x.low, lows, momentum))
+        if not self.high:
+            return Octave(x.high, *self._normalize_maps((x.low,), (lows,)))
+        return Octave(*self._normalize_maps((x.high, x.low), (highs, lows)))
 
     def normalize_high(self, x: Tensor) -> Tensor:
         """[N, C_high, ...] -> the same, where only the high frequency is at hand (the output of a non-local block)."""
-        return self._normalize(x, slice(0, self.high), self._step_momentum())
+        return self(x, high_only=True)  # a call, so that hooks see it
+
+    def _shares(self) -> bool:
+        """Do other processes' batches count in this call?"""
+        return self.synchronized and self.training and several_processes()
+
+    def _normalize_maps(self, maps: tuple[Tensor, ...], parts: tuple[slice | Tensor, ...]) -> tuple[Tensor, ...]:
+        """parts: where the vectors hold each map's channels."""
+        momentum = self._step_momentum()
+        if self._shares():
+            return self._normalize_together(maps, parts, momentum)
+        return tuple(self._normalize(x, part, momentum) for x, part in zip(maps, parts, strict=True))
 
     def _step_momentum(self) -> float:
         """The momentum of this call; momentum None means a cumulative average, as in the parent."""
@@ -101,6 +124,20 @@ class _OctBatchNorm(_BatchNorm):
             mean[part], var[part] = own_mean, own_var  # type: ignore[index, assignment]  # an index copies, a slice does not
         return y
 
+    def _normalize_together(
+        self, maps: tuple[Tensor, ...], parts: tuple[slice | Tensor, ...], momentum: float
+    ) -> tuple[Tensor, ...]:
+        mean, var, count = shared_statistics(maps)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            unbiased = var * count / (count - 1).clamp(min=1.0)
+            for running, seen in ((self.running_mean, mean), (self.running_var, unbiased)):
+                for part, own in zip(parts, seen.split([x.shape[1] for x in maps]), strict=True):
+                    running[part] = running[part].lerp(own.to(running.dtype), momentum)
+        weight, bias = (
+            torch.cat([p[part] for part in parts]) if self.affine else None for p in (self.weight, self.bias)
+        )
+        return normalize(maps, mean, var, count, weight, bias, self.eps)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"
 
@@ -115,6 +152,20 @@ class OctBatchNorm2d(_OctBatchNorm, nn.BatchNorm2d):
 
 class OctBatchNorm3d(_OctBatchNorm, nn.BatchNorm3d):
     """nn.BatchNorm3d over two frequencies; same state dict. alpha: share of low channels."""
+
+
+def synchronize_norms(model: nn.Module) -> None:
+    """In training, from now on, norms of `model` use the statistics of all processes' batches, each frequency its own.
+
+    Running statistics are then the same on all ranks. Alone, or in evaluation, nothing changes. Every rank must call
+    the same norms in the same order; batches may differ in size.
+    Raises TypeError for a norm that would go on by itself.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, _OctBatchNorm):
+            raise TypeError(f"{name} is a {type(module).__name__}; only OctBatchNorm2d and OctBatchNorm3d synchronize")
+        if isinstance(module, _OctBatchNorm):
+            module.synchronized = True
 
 
 class SqueezeExcite(nn.Module):

@@ -325,6 +325,15 @@ def test_compiling_without_a_compiler(videos: Path, tmp_path: Path, monkeypatch:
     )
 
 
+def test_recomputed_activations_change_no_bit_and_one_process_has_none_to_share_with(
+    videos: Path, trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    more = ["TRAIN.CHECKPOINT_ACTIVATIONS", "True", "TRAIN.SYNC_NORM", "True", "TEST.ENABLE", "False"]
+    run(arguments(videos, tmp_path / "out", *more))
+    expected = weights(trained[0])
+    assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "out").items())
+
+
 def test_a_moving_average_is_what_is_tested(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tested, load_weights = [], checkpoint.load_weights
 
