@@ -15,7 +15,7 @@ from octvideo.engine.log import Log
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps were not finite; the message is the last report."""
+    """Too many steps, or what a norm reads, were not finite; the message is the last report, or names the norm."""
 
 
 class NonFinite:
