@@ -323,15 +323,17 @@ def learning_rate(cfg: CfgNode, steps_per_epoch: int) -> Callable[[float], float
 
 
 def mix(cfg: CfgNode, world: World) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """(clips, labels, step) -> (clips, targets), mixed as TRAIN.MIXUP says; other draws on each rank and step."""
+    """(clips, labels, step) -> (clips, targets), mixed as TRAIN.MIXUP and CUTMIX say; other draws on each rank and step."""
 
     def mixed(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        if not cfg.TRAIN.MIXUP:
+        ways = [(transforms.mixup, cfg.TRAIN.MIXUP), (transforms.cutmix, cfg.TRAIN.CUTMIX)]
+        ways = [(way, alpha) for way, alpha in ways if alpha]
+        if not ways:
             return clips, labels
         generator = seeded_generator("mixup", cfg.SEED, step, world.rank)
-        return transforms.mixup(
-            clips, labels, num_classes=cfg.MODEL.NUM_CLASSES, alpha=cfg.TRAIN.MIXUP, generator=generator
-        )
+        # A number is drawn only where there is a choice, so that one way alone draws what it always did.
+        way, alpha = ways[int(torch.randint(2, (), generator=generator)) if len(ways) == 2 else 0]
+        return way(clips, labels, num_classes=cfg.MODEL.NUM_CLASSES, alpha=alpha, generator=generator)
 
     return mixed
 

@@ -95,6 +95,8 @@ def defaults() -> CfgNode:
     cfg.TRAIN.NEW_HEAD = False  # with INIT: the classifier starts anew (fine-tuning on other classes)
     cfg.TRAIN.LABEL_SMOOTHING = 0.0  # share of the target spread over all classes, 0 to below 1
     cfg.TRAIN.MIXUP = 0.0  # alpha of the Beta distribution that mixes pairs of clips and labels; 0: none
+    cfg.TRAIN.CUTMIX = 0.0  # alpha of the Beta distribution for the size of a box out of another clip; 0: none
+    # With both MIXUP and CUTMIX each process draws one of them at each step, both equally likely.
     cfg.TRAIN.EMA_DECAY = 0.0  # of a moving average of the weights, which validation and test then use; 0: none
     cfg.TRAIN.FREEZE_NORM_STATS = False  # norms use, and keep, the statistics that they have (of TRAIN.INIT)
     cfg.TRAIN.SYNC_NORM = False  # norms' statistics over all processes' batches; False: each process's own batch
@@ -194,6 +196,9 @@ def check(
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
     at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CHECKPOINT_STEPS")
     at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PROFILE_STEPS", "SOLVER.CLIP_NORM")
+
+    at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CUTMIX", "TRAIN.CHECKPOINT_STEPS")
+    at_least(0, "TRAIN.MAX_NONFINITE", "SOLVER.CLIP_NORM")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")

@@ -85,6 +85,7 @@ OCTAVE: {ALPHA: 1.5, POOL: [2, 1, 1]}
         ("DATA.STD", "[1, 0, 1]", "allowed: numbers above 0"),
         ("DATA.TRAIN_SHORT_SIDE", "[300]", "allowed: [lowest, highest] in pixels"),
         ("TRAIN.NEW_HEAD", "True", "allowed: False unless TRAIN.INIT names a file"),
+        ("TRAIN.CUTMIX", "-1", "allowed: 0 or more"),
         ("TEST.CROPS", "2", "allowed: 1, 3"),
         ("MODEL", "i3d", "MODEL is a section, not a key; it holds e.g. MODEL.NAME"),
         ("XYZ", "1", "unknown key XYZ; sections are DATA, MODEL, OCTAVE, SOLVER, TEST, TRAIN"),

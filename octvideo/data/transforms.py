@@ -123,6 +123,35 @@ def mixup(
     return clips.lerp(clips[other], 1 - weight), targets.lerp(targets[other], 1 - weight)
 
 
+def cutmix(
+    clips: Tensor, labels: Tensor, *, num_classes: int, alpha: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Put a box of another clip of the batch into each, and share the target (Yun et al., arXiv 1905.04899).
+
+    Float clips [N, C, (T,) H, W] and labels int64 [N] -> clips of the same shape, targets float32 [N, K], both new and
+    where the clips are. One box for the batch, the same in all frames: its share of H x W is drawn from
+    Beta(alpha, alpha), its centre is uniform, what lies outside is cut off. Targets are weighted by the pixels that
+    there are. `generator` is one of the CPU.
+    Errors: ValueError for alpha <= 0.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; it must be positive (leave cutmix out instead of giving 0)")
+    side = math.sqrt(1 - _beta(alpha, generator))
+    other = torch.randperm(len(clips), generator=generator).to(clips.device)
+    rows, columns = (_part(length, side, generator) for length in clips.shape[-2:])
+    mixed = clips.clone()
+    mixed[..., rows, columns] = clips[..., rows, columns][other]
+    pixels = (rows.stop - rows.start) * (columns.stop - columns.start)
+    targets = F.one_hot(labels, num_classes).float()
+    return mixed, targets.lerp(targets[other], pixels / math.prod(clips.shape[-2:]))
+
+
+def _part(length: int, share: float, generator: Generator) -> slice:
+    """A part of 0..length around a random pixel, cut off at the ends (the paper's algorithm 1, and its code)."""
+    centre, half = int(torch.randint(length, (), generator=generator)), int(length * share) // 2
+    return slice(max(0, centre - half), min(length, centre + half))
+
+
 def _beta(alpha: float, generator: Generator) -> float:
     """A number from Beta(alpha, alpha): x / (x + y) of two numbers from Gamma(alpha). torch's takes no Generator."""
     # Gamma(alpha) = Gamma(alpha + 1) * U ** (1 / alpha). As logarithms, because at a small alpha x and y underflow.

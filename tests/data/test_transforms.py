@@ -9,6 +9,7 @@ from torch import Tensor
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import (
     _beta,
+    cutmix,
     mixup,
     normalize,
     random_crop,
@@ -310,3 +311,83 @@ def test_a_tiny_alpha_leaves_clips_as_they_are_and_a_huge_one_blends_evenly() ->
 def test_mixup_wants_a_positive_alpha(alpha: float) -> None:
     with pytest.raises(ValueError, match=r"alpha is (0.0|-1.0|nan); it must be positive \(leave mixup out"):
         mixup(torch.zeros(2, 3), torch.tensor([0, 1]), num_classes=2, alpha=alpha, generator=seeded_generator(0))
+
+
+# ---- cutmix
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 20, 28), (6, 3, 2, 20, 28)])
+def test_cutmix_against_numpy(shape: tuple[int, ...]) -> None:
+    """Step by step as algorithm 1 of the paper, with the draws in their order; some boxes are cut off, some not."""
+    clips = torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    labels = torch.tensor([4, 0, 1, 3, 2, 4])
+    kept = clips.clone(), labels.clone()
+    cut_off = 0
+    for seed in range(12):
+        mixed, targets = cutmix(clips, labels, num_classes=5, alpha=1.0, generator=seeded_generator(seed))
+        generator = seeded_generator(seed)
+        weight = _beta(1.0, generator)
+        other = torch.randperm(6, generator=generator).numpy()
+        y, x = (int(torch.randint(length, (), generator=generator)) for length in (20, 28))
+        height, width = int(20 * np.sqrt(1 - weight)), int(28 * np.sqrt(1 - weight))
+        top, bottom = np.clip([y - height // 2, y + height // 2], 0, 20)
+        left, right = np.clip([x - width // 2, x + width // 2], 0, 28)
+        expected = clips.numpy().copy()
+        expected[..., top:bottom, left:right] = clips.numpy()[other][..., top:bottom, left:right]
+        np.testing.assert_array_equal(mixed, expected)
+        weight = 1 - (bottom - top) * (right - left) / (20 * 28)
+        onehot = np.eye(5)[labels.numpy()]
+        np.testing.assert_allclose(targets, weight * onehot + (1 - weight) * onehot[other], rtol=0, atol=1e-6)
+        assert (mixed.dtype, targets.dtype, targets.shape) == (torch.float32, torch.float32, (6, 5))
+        cut_off += bool(bottom - top < height - 1 or right - left < width - 1)
+    assert 2 < cut_off < 12
+    assert torch.equal(clips, kept[0])
+    assert torch.equal(labels, kept[1])
+
+
+def test_cutmix_targets_are_the_pixels_and_the_box_is_a_tube() -> None:
+    """Each clip is its number, and each a class of its own: so the pixels can be counted."""
+    clips = torch.arange(5.0)[:, None, None, None, None].expand(5, 3, 4, 17, 23)
+    generator = seeded_generator(0)
+    shares = []
+    for _ in range(300):
+        mixed, targets = cutmix(clips, torch.arange(5), num_classes=5, alpha=1.0, generator=generator)
+        counted = torch.stack([(mixed == k).flatten(1).float().mean(1) for k in range(5)], dim=1)
+        torch.testing.assert_close(targets, counted, rtol=0, atol=1e-6)
+        assert torch.equal(mixed, mixed[:, :1, :1].expand_as(mixed))
+        if not torch.equal(mixed, clips):
+            shares.append(1 - float(targets.diagonal().min()))
+    assert 0 < min(shares) < 0.02
+    assert max(shares) > 0.6  # what lies outside is cut off, so large boxes are rare
+
+
+def test_cutmix_follows_from_the_generator_alone_and_keeps_the_memory_format() -> None:
+    clips = torch.arange(9 * 3 * 8 * 8.0).reshape(9, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def mix(seed: int) -> Tensor:
+        return cutmix(clips, torch.arange(9), num_classes=9, alpha=1, generator=seeded_generator(seed))[0]
+
+    before = torch.get_rng_state()
+    assert torch.equal(mix(0), mix(0))
+    assert len({tuple(mix(seed).flatten().tolist()) for seed in range(20)}) > 14  # boxes of no pixel are the same
+    assert mix(0).is_contiguous(memory_format=torch.channels_last)
+    assert mix(0).data_ptr() != clips.data_ptr()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_of_nothing_stays_one() -> None:
+    for way in (mixup, cutmix):
+        mixed, targets = way(
+            torch.zeros(0, 3, 2, 8, 8),
+            torch.zeros(0, dtype=torch.int64),
+            num_classes=4,
+            alpha=1.0,
+            generator=seeded_generator(0),
+        )
+        assert (mixed.shape, targets.shape) == ((0, 3, 2, 8, 8), (0, 4))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan])
+def test_cutmix_wants_a_positive_alpha(alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"alpha is (0.0|-1.0|nan); it must be positive \(leave cutmix out"):
+        cutmix(torch.zeros(2, 3, 4, 4), torch.arange(2), num_classes=2, alpha=alpha, generator=seeded_generator(0))

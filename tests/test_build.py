@@ -1,0 +1,47 @@
+"""What build.py decides by itself. What it puts together is tested by running it: tests/tools, tests/end_to_end."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from octvideo import build
+from octvideo.data.sampling import seeded_generator
+from octvideo.data.transforms import cutmix, mixup
+from octvideo.engine.distributed import World
+
+TINY = Path(__file__).parents[1] / "configs/motion/i3d_tiny.yaml"
+
+
+def mixed(clips: Tensor, step: int, *overrides: str, rank: int = 0) -> tuple[Tensor, Tensor]:
+    cfg = build.load_config(TINY, ["MODEL.NUM_CLASSES", "4", "SEED", "3", *overrides])
+    return build.mix(cfg, World(rank, 2))(clips, torch.arange(4), step)
+
+
+CLIPS = torch.arange(4.0)[:, None, None, None, None].expand(4, 3, 2, 12, 16)
+
+
+def test_clips_are_mixed_only_where_asked() -> None:
+    clips, targets = mixed(CLIPS, 0)
+    assert clips is CLIPS
+    assert torch.equal(targets, torch.arange(4))
+
+
+@pytest.mark.parametrize(("way", "key"), [(mixup, "TRAIN.MIXUP"), (cutmix, "TRAIN.CUTMIX")])
+def test_one_way_of_mixing_draws_from_seed_step_and_rank(way: Callable[..., tuple[Tensor, Tensor]], key: str) -> None:
+    for step, rank in ((0, 0), (7, 0), (7, 1)):
+        generator = seeded_generator("mixup", 3, step, rank)
+        expected = way(CLIPS, torch.arange(4), num_classes=4, alpha=0.4, generator=generator)
+        for ours, theirs in zip(mixed(CLIPS, step, key, "0.4", rank=rank), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_of_two_ways_each_step_takes_one_at_random() -> None:
+    both = ["TRAIN.MIXUP", "8.0", "TRAIN.CUTMIX", "1.0"]
+    cfg = build.load_config(TINY, ["MODEL.NUM_CLASSES", "4", *both])
+    mix = build.mix(cfg, World())
+    whole = [bool((clips == clips.round()).all()) for clips, _ in (mix(CLIPS, torch.arange(4), n) for n in range(400))]
+    assert 160 < sum(whole) < 250  # a cut clip holds whole numbers; a blend does where it is of itself alone, 1 in 24
+    assert torch.equal(mix(CLIPS, torch.arange(4), 5)[0], mix(CLIPS, torch.arange(4), 5)[0])
