@@ -229,6 +229,9 @@ def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainD
             crop_area=tuple(cfg.DATA.TRAIN_AREA),
             interpolation=cfg.DATA.INTERPOLATION,
             flip=cfg.DATA.FLIP,
+            augment_ops=cfg.DATA.RANDAUGMENT_OPS,
+            augment_magnitude=cfg.DATA.RANDAUGMENT_MAGNITUDE,
+            augment_std=cfg.DATA.RANDAUGMENT_STD,
             seed=cfg.SEED,
         )
     return TrainDataset(
@@ -241,6 +244,9 @@ def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainD
         short_side=tuple(cfg.DATA.TRAIN_SHORT_SIDE),
         crop=cfg.DATA.TRAIN_CROP,
         flip=cfg.DATA.FLIP,
+        augment_ops=cfg.DATA.RANDAUGMENT_OPS,
+        augment_magnitude=cfg.DATA.RANDAUGMENT_MAGNITUDE,
+        augment_std=cfg.DATA.RANDAUGMENT_STD,
         decoder=cfg.DATA.DECODER,
         seed=cfg.SEED,
     )

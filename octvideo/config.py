@@ -70,6 +70,9 @@ def defaults() -> CfgNode:
     cfg.DATA.TRAIN_AREA = [0.08, 1.0]  # images: share of the image that a training crop covers, [lowest, highest]
     cfg.DATA.INTERPOLATION = "bilinear"  # images: bilinear or bicubic
     cfg.DATA.FLIP = True  # mirror half of the training clips; off where left and right are classes
+    cfg.DATA.RANDAUGMENT_OPS = 0  # operations of RandAugment on each training clip, the same in all frames; 0: none
+    cfg.DATA.RANDAUGMENT_MAGNITUDE = 9.0  # their strength, 0 to 10; has no effect without operations
+    cfg.DATA.RANDAUGMENT_STD = 0.0  # deviation of the strength, drawn for each operation, 0 (none) to 10
     cfg.DATA.TEST_SHORT_SIDE = 256  # pixels, validation and test
     cfg.DATA.TEST_CROP = 256  # pixels, square, at most TEST_SHORT_SIDE
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # RGB, of pixels in 0 to 1
@@ -198,7 +201,7 @@ def check(
     at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PROFILE_STEPS", "SOLVER.CLIP_NORM")
 
     at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CUTMIX", "TRAIN.CHECKPOINT_STEPS")
-    at_least(0, "TRAIN.MAX_NONFINITE", "SOLVER.CLIP_NORM")
+    at_least(0, "TRAIN.MAX_NONFINITE", "SOLVER.CLIP_NORM", "DATA.RANDAUGMENT_OPS")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
@@ -214,6 +217,8 @@ def check(
         numbers = all(isinstance(v, int | float) for v in _get(cfg, key))
         require(numbers and len(_get(cfg, key)) == 3, key, "three numbers")
     require(all(isinstance(v, int | float) and v > 0 for v in cfg.DATA.STD), "DATA.STD", "numbers above 0")
+    for key in ("DATA.RANDAUGMENT_MAGNITUDE", "DATA.RANDAUGMENT_STD"):
+        require(0 <= _get(cfg, key) <= 10, key, "0 to 10")
     area = list(cfg.DATA.TRAIN_AREA)
     shares = len(area) == 2 and all(isinstance(a, int | float) for a in area) and 0 < area[0] <= area[1] <= 1
     require(shares, "DATA.TRAIN_AREA", "[lowest, highest], above 0 to 1")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octvideo import build
+from octvideo.data.dataset import read_list
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World
@@ -45,3 +46,12 @@ def test_of_two_ways_each_step_takes_one_at_random() -> None:
     whole = [bool((clips == clips.round()).all()) for clips, _ in (mix(CLIPS, torch.arange(4), n) for n in range(400))]
     assert 160 < sum(whole) < 250  # a cut clip holds whole numbers; a blend does where it is of itself alone, 1 in 24
     assert torch.equal(mix(CLIPS, torch.arange(4), 5)[0], mix(CLIPS, torch.arange(4), 5)[0])
+
+
+def test_rand_augment_reaches_the_training_clips(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    videos = read_list(str(tmp_path / "list.txt"), num_classes=4, check_files=False)
+    changes = ["DATA.RANDAUGMENT_OPS", "2", "DATA.RANDAUGMENT_MAGNITUDE", "7", "DATA.RANDAUGMENT_STD", "0.5"]
+    for config in (TINY, TINY.parents[1] / "stills/resnet_tiny.yaml"):
+        samples = build.train_samples(build.load_config(config, changes), videos)
+        assert (samples.augment_ops, samples.augment_magnitude, samples.augment_std) == (2, 7.0, 0.5)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from octvideo.data.augment import check_rand_augment, rand_augment
 from octvideo.data.decode import BACKENDS, DecodeError, Video, member_of, open_video
 from octvideo.data.sampling import POLICIES, SHORT, eval_indices, seeded_generator, train_indices
 from octvideo.data.transforms import (
@@ -228,7 +229,8 @@ class TrainDataset(Dataset[Sample]):
     """One random clip of a video: `dataset[(epoch, index)]`, V = 1.
 
     Random in time, scale (short side uniform in `short_side` = (low, high)), place (`crop` x `crop`) and, with
-    `flip`, direction. All of it follows from (seed, epoch, index) alone: not from workers, order or other samples.
+    `flip`, direction; then `augment_ops` operations of RandAugment at `augment_magnitude` and `augment_std` (see
+    augment.rand_augment). All of it follows from (seed, epoch, index) alone: not from workers, order or other samples.
     `num_frames`, `sampling_rate`, `target_fps`, `policy`, `short`: see sampling.train_indices.
     """
 
@@ -242,11 +244,15 @@ class TrainDataset(Dataset[Sample]):
     short_side: tuple[int, int]
     crop: int
     flip: bool
+    augment_ops: int = 0
+    augment_magnitude: float = 0.0
+    augment_std: float = 0.0
     decoder: str = "auto"
     seed: int
 
     def __post_init__(self) -> None:
         _check(self, self.short_side)
+        check_rand_augment(self.augment_ops, self.augment_magnitude, self.augment_std)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -272,6 +278,14 @@ class TrainDataset(Dataset[Sample]):
         frames = random_crop(frames, self.crop, generator)
         if self.flip:
             frames = random_flip(frames, generator)
+        if self.augment_ops:  # here it has the fewest pixels to work on
+            frames = rand_augment(
+                frames,
+                num_ops=self.augment_ops,
+                magnitude=self.augment_magnitude,
+                std=self.augment_std,
+                generator=generator,
+            )
         return Sample(to_clip(frames).index_select(1, order)[None], self.videos.label(index), index)
 
 

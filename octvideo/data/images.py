@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from octvideo.data.augment import check_rand_augment, rand_augment
 from octvideo.data.dataset import ListError, Sample, VideoList, failed_sample, read_list
 from octvideo.data.decode import DecodeError
 from octvideo.data.sampling import seeded_generator
@@ -191,7 +192,8 @@ class ImageTrainDataset(Dataset[Sample]):
 
     A random box (see transforms.random_resized_box: `crop_area` as shares of the image, `aspect` as W / H) resized to
     `crop` x `crop` with Pillow's `interpolation`, "bilinear" or "bicubic", which averages when shrinking; mirrored in
-    every second view with `flip`. All of it follows from (seed, epoch, index) alone.
+    every second view with `flip`; then `augment_ops` operations of RandAugment at `augment_magnitude` and `augment_std`
+    (see augment.rand_augment). All of it follows from (seed, epoch, index) alone.
     """
 
     images: VideoList
@@ -200,11 +202,15 @@ class ImageTrainDataset(Dataset[Sample]):
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     crop: int
     flip: bool
+    augment_ops: int = 0
+    augment_magnitude: float = 0.0
+    augment_std: float = 0.0
     interpolation: str = "bilinear"
     seed: int
 
     def __post_init__(self) -> None:
         _check(self)
+        check_rand_augment(self.augment_ops, self.augment_magnitude, self.augment_std)
         for name, limit in (("crop_area", 1.0), ("aspect", math.inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= limit:
@@ -228,6 +234,14 @@ class ImageTrainDataset(Dataset[Sample]):
         frames = _frames(part.resize((self.crop, self.crop), INTERPOLATION[self.interpolation]))
         if self.flip:
             frames = random_flip(frames, generator)
+        if self.augment_ops:
+            frames = rand_augment(
+                frames,
+                num_ops=self.augment_ops,
+                magnitude=self.augment_magnitude,
+                std=self.augment_std,
+                generator=generator,
+            )
         return Sample(_views(frames), self.images.label(index), index)
 
 

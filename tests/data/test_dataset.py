@@ -253,6 +253,28 @@ def test_flip_off_and_short_side_jitter(videos: VideoList, monkeypatch: pytest.M
     assert len(set(sides)) > 4
 
 
+def test_rand_augment_comes_last_and_changes_no_earlier_draw(
+    videos: VideoList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TrainDataset(videos, **{**TRAIN, "short_side": (98, 104)})
+    train = TrainDataset(
+        videos, **{**TRAIN, "short_side": (98, 104)}, augment_ops=2, augment_magnitude=7, augment_std=0.5
+    )
+    assert len({train[(epoch, 0)].clips.numpy().tobytes() for epoch in (0, 0, 1, 2, 3)}) == 4
+    asked = []
+
+    def identity(frames: Tensor, **options: Any) -> Tensor:
+        asked.append({key: value for key, value in options.items() if key != "generator"})
+        return frames
+
+    monkeypatch.setattr(dataset_module, "rand_augment", identity)
+    for epoch in range(4):
+        assert torch.equal(train[(epoch, 0)].clips, plain[(epoch, 0)].clips)
+    assert asked == [{"num_ops": 2, "magnitude": 7, "std": 0.5}] * 4
+    with pytest.raises(ValueError, match="RandAugment's magnitude is 11; it must be 0 to 10"):
+        TrainDataset(videos, **TRAIN, augment_ops=1, augment_magnitude=11)
+
+
 # ---- evaluation
 
 

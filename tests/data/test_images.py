@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from octvideo.data import images as images_module
+from octvideo.data.augment import rand_augment
 from octvideo.data.dataset import Batch, ListError, VideoList
 from octvideo.data.decode import DecodeError
 from octvideo.data.images import ImageEvalDataset, ImageTrainDataset, read_image, read_images
@@ -344,6 +345,20 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     assert not any(torch.equal(other.clips, first) for other in others)
     assert torch.equal(train[(3, 0)].clips, first)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rand_augment_comes_last_and_goes_on_with_the_generator(tmp_path: Path) -> None:
+    images = saved(tmp_path / "a.png", noise(50, 70))
+    train = ImageTrainDataset(images, **TRAIN, augment_ops=2, augment_magnitude=7, augment_std=0.5)
+    for epoch in range(4):
+        generator = seeded_generator("clip", 0, epoch, 0)
+        random_resized_box(50, 70, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), generator=generator)
+        torch.rand((), generator=generator)  # the flip
+        plain = ImageTrainDataset(images, **TRAIN)[(epoch, 0)].clips.permute(0, 2, 3, 1)
+        expected = rand_augment(plain, num_ops=2, magnitude=7, std=0.5, generator=generator)
+        assert torch.equal(train[(epoch, 0)].clips.permute(0, 2, 3, 1), expected)
+    with pytest.raises(ValueError, match="RandAugment's number of operations is -1; it must be 0"):
+        ImageTrainDataset(images, **TRAIN, augment_ops=-1)
 
 
 # ---- evaluation
