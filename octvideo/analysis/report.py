@@ -23,7 +23,7 @@ from octvideo.analysis import curves
 
 FOLDER = Path(__file__).parent
 LABELLED = 40  # most classes whose confusion matrix is a table with names; above, it is a picture
-PAIRS = 20  # most confused pairs that are listed
+PAIRS = 15  # most confused pairs that are listed
 FRAMES, FRAME_SIDE = 8, 160  # of a video: most frames shown, and pixels of their longer side
 # Colours of the picture of the matrix from no video to all, in the light and the dark page (report.css).
 SHADES = {
