@@ -37,6 +37,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from octvideo.data.dataset import ListError, VideoList, read_list
+from octvideo.engine.classes import class_key
 
 if TYPE_CHECKING or __package__:
     from datasets import doctor, resizing, shards
@@ -87,11 +88,6 @@ class RowError(ValueError):
 
 
 @lru_cache(maxsize=4096)
-def class_key(name: str) -> str:
-    """What the names of a class in csv, label maps and folders have in common: letters and digits."""
-    return "".join(filter(str.isalnum, name.casefold()))
-
-
 def read_labels(path: Path) -> list[str]:
     """The class names of a label map, one a line, in its order."""
     try:
