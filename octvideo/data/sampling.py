@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -106,15 +107,39 @@ def clamp(wanted: Tensor, num_video_frames: int) -> Tensor:
     return wanted.clamp(max=num_video_frames - 1)
 
 
+def strided_places(num_clips: int) -> list[Fraction]:
+    return [Fraction(clip, num_clips - 1) for clip in range(num_clips)] if num_clips > 1 else [Fraction(1, 2)]
+
+
+def pyslowfast_places(num_clips: int) -> list[Fraction]:
+    return [Fraction(clip, num_clips) for clip in range(num_clips)]
+
+
 class Policy(NamedTuple):
+    """indices, short: see above. places: V -> where each test clip starts, as a share of the last possible start."""
+
     indices: Callable[[int, int, float, int, Generator | None], Tensor]
     short: str
+    places: Callable[[int], list[Fraction]]
 
 
 # `strided` loops: a clip that stands still on the last frame, for most of its length at worst, shows no motion.
 # PySlowFast clamps.
-POLICIES = {"strided": Policy(strided, "loop"), "pyslowfast": Policy(pyslowfast, "clamp")}
+POLICIES = {
+    "strided": Policy(strided, "loop", strided_places),
+    "pyslowfast": Policy(pyslowfast, "clamp", pyslowfast_places),
+}
 SHORT: dict[str, Callable[[Tensor, int], Tensor]] = {"loop": loop, "clamp": clamp}
+
+
+def contained(num_clips: int, saved: int, policy: str) -> list[int] | None:
+    """Which of `saved` test clips are the `num_clips` that the policy itself would take, in a video of any length.
+
+    None where it would take others. `strided`, of 10: 2, 4 and 10 (V - 1 divides 9); a single one only of an odd number.
+    """
+    places = POLICIES[policy].places
+    wanted, there = places(num_clips), places(saved)
+    return [there.index(place) for place in wanted] if set(wanted) <= set(there) else None
 
 
 def seeded_generator(*key: int | str) -> Generator:

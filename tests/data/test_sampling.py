@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from octvideo.data.sampling import POLICIES, SHORT, eval_indices, seeded_generator, train_indices
+from octvideo.data.sampling import POLICIES, SHORT, contained, eval_indices, seeded_generator, train_indices
 
 EIGHT_BY_EIGHT = {"num_frames": 8, "sampling_rate": 8, "target_fps": 30}
 
@@ -121,3 +121,26 @@ def test_seeds_are_hashed_and_the_same_everywhere() -> None:
     assert first("order", 0, 1) != first("clip", 0, 1)
     # The same in every process and on every machine: no salted hash().
     assert seeded_generator("clip", 7, 1, 2).initial_seed() == 17121065382355500613
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("saved", [1, 2, 4, 9, 10, 12])
+def test_fewer_clips_are_contained_exactly_where_contained_says_so(policy: str, saved: int) -> None:
+    lengths = [(1, 30.0), (30, 25.0), *((frames, fps) for frames in range(64, 330, 7) for fps in (30.0, 29.97, 23.976))]
+    every = [eval_indices(*length, policy=policy, num_clips=saved, **EIGHT_BY_EIGHT) for length in lengths]
+    for num_clips in range(1, saved + 1):
+        few = [eval_indices(*length, policy=policy, num_clips=num_clips, **EIGHT_BY_EIGHT) for length in lengths]
+        chosen = contained(num_clips, saved, policy)
+        if chosen is not None:
+            assert all(torch.equal(a, b[chosen]) for a, b in zip(few, every, strict=True))
+        else:
+            rows = [[set(map(tuple, clips.tolist())) for clips in sets] for sets in (few, every)]
+            assert not all(a <= b for a, b in zip(*rows, strict=True))
+
+
+def test_which_clip_counts_are_contained() -> None:
+    assert contained(4, 10, "strided") == [0, 3, 6, 9]
+    assert [n for n in range(1, 11) if contained(n, 10, "strided")] == [2, 4, 10]
+    assert [n for n in range(1, 10) if contained(n, 9, "strided")] == [1, 2, 3, 5, 9]
+    assert [n for n in range(1, 11) if contained(n, 10, "pyslowfast")] == [1, 2, 5, 10]
+    assert contained(5, 10, "pyslowfast") == [0, 2, 4, 6, 8]
