@@ -1,6 +1,11 @@
-"""Counts that become accuracies."""
+"""Counts that become accuracies. M videos, K classes; shares are in percent.
+
+A video that could not be scored (`scored` [M] False) counts as wrong wherever videos are counted.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +20,84 @@ def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     own = scores.gather(1, labels[:, None])
     better = (scores >= own).sum(dim=1) - 1
     return (better < k) & ~scores.isnan().any(dim=1)
+
+
+def predicted(scores: Tensor, labels: Tensor) -> Tensor:
+    """[M, K] scores, [M] labels -> int64 [M], the best class.
+
+    Equal scores count against the label here too, so `predicted == labels` is `topk_correct(scores, labels, 1)`.
+    """
+    others = scores.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    return torch.where(topk_correct(scores, labels, 1), labels, others)
+
+
+def confusion(scores: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+    """int64 [K, K + 1]: how many videos of each label (row) were taken for each class; last column: not scored."""
+    num_classes = scores.shape[1]
+    column = torch.where(scored, predicted(scores, labels), num_classes)
+    cells = torch.bincount(labels * (num_classes + 1) + column, minlength=num_classes * (num_classes + 1))
+    return cells.unflatten(0, (num_classes, num_classes + 1))
+
+
+class ClassRow(NamedTuple):
+    """One class: its videos, how many were scored, how many were right, and what the others were most often taken for.
+
+    accuracy: percent of `videos`, NaN where there are none. confused_with: -1 where no scored video was wrong.
+    """
+
+    label: int
+    videos: int
+    scored: int
+    correct: int
+    accuracy: float
+    confused_with: int
+    confused_videos: int
+
+
+def class_rows(table: Tensor) -> list[ClassRow]:
+    """`confusion`'s [K, K + 1] -> a row for each class, in the order of the labels."""
+    counts = table[:, :-1]
+    times, others = (counts - counts.diag().diag()).max(dim=1)
+    columns = torch.stack([table.sum(dim=1), counts.sum(dim=1), counts.diag(), others, times], dim=1)
+    return [
+        ClassRow(label, videos, scored, correct, _percent(correct, videos), other if wrong else -1, wrong)
+        for label, (videos, scored, correct, other, wrong) in enumerate(columns.tolist())
+    ]
+
+
+def mean_class_accuracy(table: Tensor) -> float:
+    """Mean over the classes that have videos of the percent of them that were right; `confusion`'s [K, K + 1]."""
+    videos = table.sum(dim=1)
+    present = videos > 0
+    return 100.0 * float((table[:, :-1].diag()[present] / videos[present].double()).mean())
+
+
+def most_confused(table: Tensor, count: int) -> list[tuple[int, int, int]]:
+    """(label, class it was taken for, videos), most videos first, at most `count`; `confusion`'s [K, K + 1]."""
+    wrong = table[:, :-1] - table[:, :-1].diag().diag()
+    pairs = [(label, other, int(wrong[label, other])) for label, other in wrong.nonzero().tolist()]
+    return sorted(pairs, key=lambda pair: -pair[2])[:count]
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, scored: Tensor, bins: int = 15) -> float:
+    """Expected calibration error, in percent (Guo et al., arXiv 1706.04599, equation 3), of the scored videos.
+
+    sum over b of |B_b| / M * |accuracy(B_b) - confidence(B_b)|, where bin b of `bins` holds the videos whose confidence,
+    the largest of their K probabilities, is in ((b - 1) / bins, b / bins]. NaN where no video is scored: one that is
+    not has no confidence.
+    """
+    probabilities, labels = probabilities[scored].double(), labels[scored]
+    if not len(labels):
+        return float("nan")
+    confidence = probabilities.max(dim=1).values
+    correct = topk_correct(probabilities, labels, 1).double()
+    which = torch.bucketize(confidence, torch.arange(1, bins, dtype=torch.float64) / bins)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct - confidence)
+    return 100.0 * float(gaps.abs().sum()) / len(labels)
+
+
+def _percent(part: int, whole: int) -> float:
+    return 100.0 * part / whole if whole else float("nan")
 
 
 class Mean:

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from octvideo.engine.metrics import Mean, topk_correct
+from octvideo.engine.metrics import (
+    Mean,
+    calibration_error,
+    class_rows,
+    confusion,
+    mean_class_accuracy,
+    most_confused,
+    predicted,
+    topk_correct,
+)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
@@ -27,3 +36,74 @@ def test_mean() -> None:
     mean.add(torch.tensor(4.0), 1)
     assert mean.value() == 2.5
     assert mean.pair(torch.device("cpu")).tolist() == [10.0, 4.0]
+
+
+def drawn(videos: int = 200, classes: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities [M, K] that lean to the label, labels [M] that leave out class 3, and which are scored [M]."""
+    rng = np.random.default_rng(1)
+    labels = rng.choice([label for label in range(classes) if label != 3], videos)
+    logits = rng.standard_normal((videos, classes)) + 1.5 * np.eye(classes)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return probabilities, labels, rng.random(videos) < 0.9
+
+
+def test_confusion_and_what_follows_from_it_against_counting() -> None:
+    probabilities, labels, scored = drawn()
+    table = confusion(torch.from_numpy(probabilities), torch.from_numpy(labels), torch.from_numpy(scored))
+    expected = np.zeros((7, 8), np.int64)
+    for row, label, good in zip(probabilities, labels, scored, strict=True):
+        expected[label, row.argmax() if good else 7] += 1
+    assert table.dtype == torch.int64 and table.tolist() == expected.tolist()
+
+    shares = [expected[c, c] / expected[c].sum() for c in range(7) if c != 3]
+    assert mean_class_accuracy(table) == pytest.approx(100 * np.mean(shares), rel=1e-12)
+    for label, row in enumerate(class_rows(table)):
+        assert (row.label, row.videos, row.scored, row.correct) == (
+            label,
+            (labels == label).sum(),
+            (scored & (labels == label)).sum(),
+            expected[label, label],
+        )
+        others = np.where(np.arange(7) == label, -1, expected[label, :7])
+        if label == 3:
+            assert np.isnan(row.accuracy) and (row.confused_with, row.confused_videos) == (-1, 0)
+        else:
+            assert row.accuracy == pytest.approx(100 * expected[label, label] / expected[label].sum())
+            assert (row.confused_with, row.confused_videos) == (others.argmax(), others.max())
+    pairs = sorted((-expected[a, b], a, b) for a in range(7) for b in range(7) if a != b)[:6]
+    assert most_confused(table, 6) == [(a, b, -videos) for videos, a, b in pairs]
+
+
+def test_no_pair_is_confused_where_all_are_right() -> None:
+    table = confusion(torch.eye(3, dtype=torch.float64), torch.arange(3), torch.ones(3, dtype=torch.bool))
+    assert most_confused(table, 5) == [] and mean_class_accuracy(table) == 100.0
+    assert [row.confused_with for row in class_rows(table)] == [-1, -1, -1]
+
+
+def test_a_tie_is_wrong_in_the_confusion_matrix_as_in_top_1() -> None:
+    scores = torch.tensor([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.0, 0.0, 0.0]])
+    labels = torch.tensor([0, 2, 1])
+    assert predicted(scores, labels).tolist() == [1, 1, 0]
+    assert topk_correct(scores, labels, 1).tolist() == [False, False, False]
+    assert predicted(torch.ones(2, 1), torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_against_its_definition(bins: int) -> None:
+    probabilities, labels, scored = drawn(400)
+    confidence, right = probabilities.max(1)[scored], (probabilities.argmax(1) == labels)[scored]
+    expected = 0.0
+    for b in range(1, bins + 1):
+        inside = ((b - 1) / bins < confidence) & (confidence <= b / bins)
+        if inside.any():
+            expected += inside.sum() / scored.sum() * abs(right[inside].mean() - confidence[inside].mean())
+    got = calibration_error(*map(torch.from_numpy, (probabilities, labels, scored)), bins=bins)
+    assert got == pytest.approx(100 * expected, rel=1e-9) and got > 1
+
+
+def test_calibration_error_by_hand() -> None:
+    """Bins of 0.5: 0.5 belongs to the lower one; |0 - 0.5| * 1 / 3 + |1/2 - 0.8| * 2 / 3."""
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.7, 0.2, 0.1], [0.0, 0.0, 0.0]])
+    labels, scored = torch.tensor([2, 0, 1, 0]), torch.tensor([True, True, True, False])
+    assert calibration_error(probabilities, labels, scored, bins=2) == pytest.approx(100 * (0.5 + 2 * 0.3) / 3)
+    assert np.isnan(calibration_error(probabilities, labels, torch.zeros(4, dtype=torch.bool)))
