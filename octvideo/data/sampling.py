@@ -138,8 +138,9 @@ def contained(num_clips: int, saved: int, policy: str) -> list[int] | None:
     None where it would take others. `strided`, of 10: 2, 4 and 10 (V - 1 divides 9); a single one only of an odd number.
     """
     places = POLICIES[policy].places
-    wanted, there = places(num_clips), places(saved)
-    return [there.index(place) for place in wanted] if set(wanted) <= set(there) else None
+    there = {place: clip for clip, place in enumerate(places(saved))}
+    wanted = [there.get(place) for place in places(num_clips)]
+    return [clip for clip in wanted if clip is not None] if None not in wanted else None
 
 
 def seeded_generator(*key: int | str) -> Generator:
