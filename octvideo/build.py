@@ -6,7 +6,6 @@ The only library file that reads a configuration.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -42,6 +41,8 @@ from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
 from octvideo.engine.nonfinite import NonFinite
 from octvideo.engine.profile import StepProfiler
+from octvideo.engine.results import Results, results_of, view_facts
+from octvideo.engine.scores import Averaged
 from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, fit
 from octvideo.models import (
     NETWORKS,
@@ -516,15 +517,16 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     log.close()
 
 
-def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
-    """Score TEST_LIST with TEST.CLIPS x TEST.CROPS views and write OUTPUT_DIR/test.json; returns what it holds.
+def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "softmax") -> Results | None:
+    """Score TEST_LIST with TEST.CLIPS x TEST.CROPS views; leave test.json, its tables and scores.npz in OUTPUT_DIR.
 
-    A checkpoint with a moving average is tested by that. top1, top5: percent of LISTED videos; one that cannot be decoded
-    counts as wrong and is named under `failed`.
+    A checkpoint with a moving average is tested by that. average: see engine.scores.aggregate. The main rank returns what
+    it wrote, the others None.
     """
     folder = Path(cfg.OUTPUT_DIR)
     path, state = _weights_to_test(cfg, folder)
     videos = test_list(cfg)
+    classes = _classes_of(state, path, cfg.MODEL.NUM_CLASSES)
     model = network(cfg)
     checkpoint.load_weights(model, state.get("ema", state["model"]), path)
     result = evaluate(
@@ -532,39 +534,42 @@ def test(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Any]:
         eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS),
         torch.from_numpy(videos.labels),
         num_classes=cfg.MODEL.NUM_CLASSES,
+        num_clips=cfg.TEST.CLIPS,
+        num_crops=cfg.TEST.CROPS,
         prepare=prepare_clips(cfg),
         clips_per_forward=cfg.TEST.BATCH_SIZE,
         device=device,
         world=world,
         title="test",
+        average=average,
     )
-    report = _report(cfg, path, state, result, videos)
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomic(folder / "test.json", (json.dumps(report, indent=2) + "\n").encode())
-        failed = "".join(f"{entry['path']}\t{entry['reason']}\n" for entry in report["failed"])
-        checkpoint.write_atomic(folder / "test_failed.txt", failed.encode())
-        log = Log(folder, main=True)
-        log.event("test", state["step"], _accuracy(result))
-        log.say(
-            f"test of {path.name}: top-1 {report['top1']:.2f} %, top-5 {report['top5']:.2f} %, "
-            f"{report['videos_scored']} of {report['videos_listed']} "
-            f"{'images' if takes_images(cfg) else 'videos'} scored with {report['views']} view(s) each, "
-            f"{report['macs'] / 1e9:.3f} G multiply-adds, {report['params'] / 1e6:.3f} M parameters"
-        )
-        for video, reason in result.failed:
-            log.say(f"  counted as wrong: {videos.path(video)}: {reason}")
-        log.close()
-    return report
+    if result.views is None:
+        return None
+    names = [videos.name(index) for index in range(len(videos))]
+    views = replace(result.views, names=names, classes=classes, facts=_facts(cfg, path, state, result))
+    averaged = Averaged(result.scores, result.scored, complete=result.scored)
+    found = results_of(views, averaged, {**view_facts(cfg.TEST.CLIPS, cfg.TEST.CROPS, average), **views.facts})
+    folder.mkdir(parents=True, exist_ok=True)
+    views.save(folder / "scores.npz")
+    found.write(folder)
+    log = Log(folder, main=True)
+    log.event("test", state["step"], found.metrics)
+    log.say(
+        f"test of {path.name}: top-1 {found.metrics['top1']:.2f} %, top-5 {found.metrics['top5']:.2f} %, "
+        f"{found.metrics['videos_scored']} of {len(videos)} {'images' if takes_images(cfg) else 'videos'} scored with "
+        f"{found.facts['views']} view(s) each, "
+        f"{found.facts['macs'] / 1e9:.3f} G multiply-adds, {found.facts['params'] / 1e6:.3f} M parameters"
+    )
+    for video, reason in found.failed:
+        log.say(f"  counted as wrong: {found.paths[video]}: {reason}")
+    log.close()
+    return found
 
 
-def _report(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation, videos: VideoList) -> dict[str, Any]:
+def _facts(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+    """Where scores are from, kept with them."""
     clip = cost(cfg, cfg.DATA.TEST_CROP)
     return {
-        **_accuracy(result),
-        "views": cfg.TEST.CLIPS * cfg.TEST.CROPS,
-        "clips": cfg.TEST.CLIPS,
-        "crops": cfg.TEST.CROPS,
         "macs": clip.macs.total,
         "params": clip.params,
         "input": list(clip.input),
@@ -573,8 +578,19 @@ def _report(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation,
         "alpha": cfg.OCTAVE.ALPHA,
         "checkpoint": str(path),
         "epoch": state["epoch"],
-        "failed": [{"path": videos.path(video), "reason": reason} for video, reason in result.failed],
+        "policy": cfg.DATA.POLICY,
+        "prefix": cfg.DATA.PREFIX,
     }
+
+
+def _classes_of(state: dict[str, Any], path: Path, num_classes: int) -> list[str]:
+    """The names of a checkpoint's classes, in the order of its labels; none where it has none."""
+    classes = state.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name.isprintable() for name in classes):
+        raise CheckpointError(f"{path}: its classes are no list of names")
+    if len(classes) not in (0, num_classes):
+        raise CheckpointError(f"{path}: names of {len(classes)} classes, but MODEL.NUM_CLASSES is {num_classes}")
+    return classes
 
 
 def _accuracy(result: Evaluation) -> dict[str, Any]:
@@ -595,6 +611,8 @@ def _validation(cfg: CfgNode, world: World, device: torch.device) -> Callable[[n
         loader=clips,
         labels=torch.from_numpy(videos.labels),
         num_classes=cfg.MODEL.NUM_CLASSES,
+        num_clips=1,
+        num_crops=1,
         prepare=prepare_clips(cfg),
         clips_per_forward=cfg.TEST.BATCH_SIZE,
         device=device,

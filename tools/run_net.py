@@ -15,10 +15,12 @@ from octvideo.data.dataset import ListError
 from octvideo.data.decode import DecodeError, MissingDecoderError
 from octvideo.data.loader import LoaderError
 from octvideo.engine.checkpoint import CheckpointError
+from octvideo.engine.classes import ClassOrderError
 from octvideo.engine.distributed import DistributedError, World
 from octvideo.engine.failures import BudgetError
 from octvideo.engine.log import LogError
 from octvideo.engine.nonfinite import NonFiniteError
+from octvideo.engine.scores import ScoresError
 from octvideo.engine.train import Stopped, TrainingError
 
 MISTAKES = (ConfigError, ListError, MissingDecoderError)
@@ -31,6 +33,8 @@ FAILURES = (
     TrainingError,
     BudgetError,
     NonFiniteError,
+    *(DecodeError, LoaderError, CheckpointError, DistributedError, TrainingError, BudgetError, NonFiniteError),
+    *(ClassOrderError, ScoresError),
 )
 
 

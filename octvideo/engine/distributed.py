@@ -92,6 +92,30 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_rows(rows: Tensor, device: torch.device) -> Tensor | None:
+    """[N_r, ...] of each rank, N_r may differ -> [sum of N_r, ...] in rank order on rank 0, None on the others; on the CPU.
+
+    Rank by rank through `device`, which holds one rank's rows at a time.
+    """
+    if not dist.is_initialized():
+        return rows
+    counts = gather_objects(len(rows))
+    if dist.get_rank() != 0:
+        if len(rows):
+            dist.send(rows.to(device).contiguous(), dst=0)
+        return None
+    gathered = torch.empty(sum(counts), *rows.shape[1:], dtype=rows.dtype)
+    gathered[: counts[0]] = rows
+    done = counts[0]
+    for rank, count in enumerate(counts[1:], start=1):
+        if count:
+            part = torch.empty(count, *rows.shape[1:], dtype=rows.dtype, device=device)
+            dist.recv(part, src=rank)
+            gathered[done : done + count] = part.cpu()
+            done += count
+    return gathered
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers: each rank's norms have seen other clips since the last forward pass."""
     if dist.is_initialized():

@@ -22,6 +22,11 @@ def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     return (better < k) & ~scores.isnan().any(dim=1)
 
 
+def top_percent(scores: Tensor, labels: Tensor, scored: Tensor, k: int) -> float:
+    """Percent of all M videos with the label among the k best."""
+    return _percent(int((topk_correct(scores, labels, k) & scored).sum()), len(labels))
+
+
 def predicted(scores: Tensor, labels: Tensor) -> Tensor:
     """[M, K] scores, [M] labels -> int64 [M], the best class.
 

@@ -17,6 +17,8 @@ import torch
 
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine import checkpoint
+from octvideo.engine.metrics import topk_correct
+from octvideo.engine.scores import ViewScores, aggregate
 from tools import run_net
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +185,12 @@ def test_two_processes_train_and_test_each_video_once(videos: Path, tmp_path: Pa
     test = json.loads((out / "test.json").read_text())
     assert (test["videos_scored"], test["videos_listed"]) == (5, 5)
     assert len(events(out, "test")) == 1
+    scores = ViewScores.load(out / "scores.npz")  # the rows of rank 0's videos 0, 2, 4, then of rank 1's 1, 3
+    assert [v for i, v in enumerate(scores.video.tolist()) if i % 6 == 0] == [0, 2, 4, 1, 3]
+    views = zip(scores.video.tolist(), scores.clip.tolist(), scores.crop.tolist(), strict=True)
+    assert sorted(views) == [(v, clip, crop) for v in range(5) for clip in range(2) for crop in range(3)]
+    top = topk_correct(aggregate(scores).probabilities, scores.labels, 1)
+    assert 100 * top.double().mean().item() == pytest.approx(test["top1"])
 
 
 def test_evaluation_counts_a_broken_video_as_wrong_and_names_it(
