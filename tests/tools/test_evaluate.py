@@ -1,0 +1,302 @@
+"""tools/evaluate.py on a small motion set: two networks tested, and what is made of the scores they left."""
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import motion
+from octvideo import build
+from octvideo.data.transforms import uniform_crops
+from octvideo.engine import checkpoint
+from tools import evaluate, results
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs/motion/oct_i3d_tiny.yaml")
+SMALL = ["DATA.TEST_SHORT_SIDE", "36", "DATA.TEST_CROP", "32", "DATA.NUM_FRAMES", "4", "DATA.NUM_WORKERS", "0"]
+SMALL += ["NUM_THREADS", "1", "DEVICE", "cpu"]
+
+
+def run(*command: object, status: int = 0) -> tuple[str, str]:
+    """What evaluate.py says on standard output and standard error, called in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        got = evaluate.main([str(word) for word in command])
+    assert got == status, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 videos to test on, three of each class."""
+    folder = tmp_path_factory.mktemp("data") / "motion"
+    motion.make(folder, motion.Settings(train=1, val=3, size=48, frames=24), workers=1)
+    return folder
+
+
+def overrides(data: Path, *more: str) -> list[str]:
+    return ["DATA.VAL_LIST", f"{data}/val.txt", "DATA.PREFIX", str(data), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def networks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two that nobody has trained, made to disagree on what they see; the first has names of classes."""
+    paths = []
+    for seed in (0, 1):
+        paths.append(tmp_path_factory.mktemp("networks") / f"network{seed}.pt")
+        cfg = build.load_config(CONFIG, [*overrides(data), "SEED", str(seed), "TRAIN.ENABLE", "False"])
+        samples = build.eval_samples(cfg, build.test_list(cfg), num_clips=1, num_crops=1)
+        model = build.network(cfg).eval()
+        with torch.no_grad():
+            logits = model(build.prepare_clips(cfg)(torch.cat([samples[index].clips for index in range(len(samples))])))
+        state, spread = model.state_dict(), logits.std(dim=0)
+        state["head.fc.weight"] /= spread[:, None]  # logits of mean 0 and deviation 1 in every class
+        state["head.fc.bias"] -= logits.mean(dim=0)
+        state["head.fc.bias"] /= spread
+        checkpoint.save_weights(paths[-1], state, **({} if seed else {"classes": list(motion.CLASSES)}))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def tested(data: Path, networks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
+    """Each network's folder, and what was said: 4 clips x 3 crops."""
+    found = []
+    for path in networks:
+        out = tmp_path_factory.mktemp("tested") / path.stem
+        command = [
+            "--cfg",
+            CONFIG,
+            "--checkpoint",
+            path,
+            "--clips",
+            "4",
+            *overrides(data),
+            "--crops",
+            "3",
+            "--out",
+            out,
+        ]
+        found.append((out, run(*command)[0]))
+    return found
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "test.json").read_text())
+
+
+def numbers(report: dict) -> list[float]:
+    return [report[name] for name in ("top1", "top5", "mean_class_accuracy", "calibration_error")]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def by_hand(folder: Path, average: str = "softmax", clips: list[int] | None = None, crops: list[int] | None = None):
+    """Labels [M] and probabilities [M, K] from scores.npz, by NumPy alone."""
+    with np.load(folder / "scores.npz", allow_pickle=False) as file:
+        views = {
+            (video, clip, crop): row.astype(np.float64)
+            for video, clip, crop, row in zip(
+                *(file[name] for name in ("video", "clip", "crop", "logits")), strict=True
+            )
+        }
+        num_clips, num_crops = file["grid"].tolist()
+        grid = np.array(
+            [
+                [views[v, clip, crop] for clip in clips or range(num_clips) for crop in crops or range(num_crops)]
+                for v in range(len(file["labels"]))
+            ]
+        )
+        return file["labels"], softmax(grid).mean(1) if average == "softmax" else softmax(grid.mean(1))
+
+
+def metrics_by_hand(labels: np.ndarray, probabilities: np.ndarray) -> list[float]:
+    order = np.argsort(-probabilities, axis=1)
+    right = order[:, 0] == labels
+    error, confidence = 0.0, probabilities.max(1)
+    for b in range(15):
+        inside = (b / 15 < confidence) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    of_classes = [right[labels == label].mean() for label in np.unique(labels)]
+    top5 = (order[:, :5] == labels[:, None]).any(1).mean()
+    return [100 * float(value) for value in (right.mean(), top5, np.mean(of_classes), error)]
+
+
+def test_what_a_test_leaves(tested: list[tuple[Path, str]], networks: list[Path], data: Path) -> None:
+    folder, said = tested[0]
+    files = [
+        "classes.csv",
+        "confusion.csv",
+        "metrics.jsonl",
+        "scores.npz",
+        "tensorboard",
+        "test.json",
+        "test_failed.txt",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    report = report_of(folder)
+    labels, probabilities = by_hand(folder)
+    assert numbers(report) == pytest.approx(metrics_by_hand(labels, probabilities))
+    assert (report["views"], report["clips"], report["crops"], report["average"]) == (12, 4, 3, "softmax")
+    assert (report["videos_scored"], report["videos_listed"], report["videos_incomplete"]) == (24, 24, 0)
+    assert report["checkpoint"] == str(networks[0]) and report["input"] == [3, 4, 32, 32] and report["failed"] == []
+    assert report["model"] == "i3d_tiny" and report["alpha"] == 0.25 and report["policy"] == "strided"
+
+    rows = list(csv.DictReader(io.StringIO((folder / "classes.csv").read_text())))
+    assert [row["class"] for row in rows] == list(motion.CLASSES)
+    right = probabilities.argmax(1) == labels
+    assert [int(row["correct"]) for row in rows] == [right[labels == label].sum() for label in range(8)]
+    assert [float(row["accuracy"]) for row in rows] == pytest.approx(
+        [100 * right[labels == label].mean() for label in range(8)], abs=1e-4
+    )
+    header, *table = csv.reader(io.StringIO((folder / "confusion.csv").read_text()))
+    assert header == ["label", *motion.CLASSES, "not scored"] and [row[0] for row in table] == list(motion.CLASSES)
+    cells = np.array([row[1:] for row in table], int)
+    assert cells.sum(1).tolist() == [3] * 8 and np.trace(cells[:, :8]) == right.sum()
+
+    assert f"| {report['top1']:.2f}" in said and "| 24 of 24 | 12      | softmax" in said
+    assert "| lowest accuracy" in said and "| most confused" in said
+
+
+def test_results_py_reads_it(tested: list[tuple[Path, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert results.main([str(tested[0][0])]) == 0
+    assert "24 of 24" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "views", "words"),
+    [
+        ([], {}, ""),
+        (["--average", "logits"], {"average": "logits"}, "| logits"),
+        (["--clips", "2"], {"clips": [0, 3]}, "clips 0, 3 of 0 to 3, which are the 2 of the protocol (strided)"),
+        (["--clips", "3"], {"clips": [0, 2, 3]}, "clips 0, 2, 3 of 0 to 3: a subset of those 4, NOT the positions"),
+        (["--clips", "1", "--crops", "1"], {"clips": [1], "crops": [1]}, "clips 1 of 0 to 3: a subset of those 4, NOT"),
+    ],
+)
+def test_scores_are_enough(
+    tested: list[tuple[Path, str]], tmp_path: Path, flags: list[str], views: dict, words: str
+) -> None:
+    folder = tested[0][0]
+    said, _ = run("--scores", folder / "scores.npz", *flags, "--out", tmp_path / "out")
+    report = report_of(tmp_path / "out")
+    assert numbers(report) == pytest.approx(metrics_by_hand(*by_hand(folder, **views)))
+    assert words in said and report["model"] == "i3d_tiny"
+    assert report["views"] == len(views.get("clips", range(4))) * len(views.get("crops", range(3)))
+    if not flags:
+        assert report == report_of(folder)
+        for name in ("classes.csv", "confusion.csv", "test_failed.txt"):
+            assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_fewer_views_are_those_of_a_test_with_fewer_views(
+    data: Path, networks: list[Path], tested: list[tuple[Path, str]], tmp_path: Path
+) -> None:
+    """No second pass: 2 of 4 clips, and 1 of 3 crops, are where a test of 2 x 1 views looks."""
+    run(
+        "--cfg",
+        CONFIG,
+        *overrides(data),
+        "--checkpoint",
+        networks[0],
+        "--clips",
+        "2",
+        "--crops",
+        "1",
+        "--out",
+        tmp_path,
+    )
+    for a, b in zip(by_hand(tmp_path), by_hand(tested[0][0], clips=[0, 3], crops=[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (30, 30)])
+def test_the_single_crop_is_the_second_of_three(size: tuple[int, int]) -> None:
+    frames = torch.arange(2 * size[0] * size[1] * 3).view(2, *size, 3)
+    assert torch.equal(uniform_crops(frames, 25, 1)[0], uniform_crops(frames, 25, 3)[1])
+
+
+def test_an_ensemble(tested: list[tuple[Path, str]], tmp_path: Path) -> None:
+    a, b = (folder / "scores.npz" for folder, _ in tested)
+    said, _ = run("--scores", a, b, "--weights", "3", "1", "--out", tmp_path / "ab")
+    (labels, of_a), (_, of_b) = (by_hand(folder) for folder, _ in tested)
+    report = report_of(tmp_path / "ab")
+    assert numbers(report) == pytest.approx(metrics_by_hand(labels, (3 * of_a + of_b) / 4))
+    assert [(each["scores"], each["weight"]) for each in report["members"]] == [(str(a), 3.0), (str(b), 1.0)]
+    assert [numbers(each) for each in report["members"]] == [numbers(report_of(folder)) for folder, _ in tested]
+    assert report["views"] == 24 and str(a) in said and str(b) in said
+    run("--scores", b, a, "--weights", "1", "3", "--out", tmp_path / "ba")  # b has no names of classes, a has
+    assert (tmp_path / "ba/classes.csv").read_bytes() == (tmp_path / "ab/classes.csv").read_bytes()
+
+
+def test_a_video_that_cannot_be_decoded_is_wrong_in_scores_too(
+    data: Path, networks: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    listed = (tmp_path / "data/val.txt").read_text().splitlines()
+    bad = tmp_path / "data" / listed[5].rpartition(" ")[0]
+    bad.write_bytes(b"")
+    one = ["--checkpoint", networks[1], "--clips", "1", "--crops", "1"]
+    said, _ = run("--cfg", CONFIG, *one, *overrides(tmp_path / "data"), "--out", tmp_path / "a")
+    run("--scores", tmp_path / "a/scores.npz", "--out", tmp_path / "b")
+    report = report_of(tmp_path / "a")
+    assert f"counted as wrong: {bad}: " in said and "23 of 24" in said
+    assert report == report_of(tmp_path / "b") and [entry["path"] for entry in report["failed"]] == [str(bad)]
+    assert (tmp_path / "b/test_failed.txt").read_text().startswith(f"{bad}\t{tmp_path}/data/val.txt:6: ")
+    label = listed[5].rpartition(" ")[2]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "b/classes.csv").read_text())))
+    assert [row["scored"] for row in rows] == [
+        "2" if row["class"] == label else "3" for row in rows
+    ]  # numbers: no names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scores", "A", "TEST.CLIPS", "2", "--out", "OUT"], "TEST.CLIPS: KEY VALUE goes with --cfg"),
+        (["--scores", "A", "--out", "OUT", "TEST.CLIPS", "2"], "TEST.CLIPS: KEY VALUE goes with --cfg"),
+        (["--scores", "A"], "--scores needs --out FOLDER"),
+        (["--scores", "A", "--out", "A"], "scores.npz is a file; give a folder"),
+        (["--scores", "A", "--out", "OUT", "--checkpoint", "x.pt"], "--checkpoint goes with --cfg"),
+        (["--scores", "A", "--out", "OUT", "--clips", "5"], "holds 4; allowed: 1 to 4"),
+        (["--scores", "A", "--out", "OUT", "--clips", "0"], "--clips is 0, but"),
+        (["--scores", "A", "--out", "OUT", "--weights", "1", "2"], "--weights 1 2 for 1 file(s); allowed: one number"),
+        (["--scores", "A", "B", "--out", "OUT", "--weights", "1", "nan"], "--weights 1 nan for 2 file(s)"),
+        (["--cfg", CONFIG], "--cfg needs --checkpoint FILE"),
+        (["--cfg", CONFIG, "--checkpoint", "x.pt", "--weights", "2"], "--weights goes with --scores"),
+        (["--cfg", CONFIG, "--checkpoint", "x.pt", "--clips", "2", "TEST.CLIPS", "3"], "--clips and TEST.CLIPS are both"),
+        (["--cfg", CONFIG, "--checkpoint", "x.pt", "--clips", "-1"], "TEST.CLIPS is -1; allowed: 1 or more"),
+        (["--cfg", CONFIG, "--checkpoint", "x.pt", "TEST.CLIP", "1"], "did you mean TEST.CLIPS?"),
+    ],
+)  # fmt: skip
+def test_requests_that_are_refused(
+    tested: list[tuple[Path, str]], tmp_path: Path, words: list[str], message: str
+) -> None:
+    places = {"A": tested[0][0] / "scores.npz", "B": tested[1][0] / "scores.npz", "OUT": tmp_path / "out"}
+    said, error = run(*(places.get(word, word) for word in words), status=2)
+    assert error.startswith("error: ") and message in error and said == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_do_not_do(data: Path, networks: list[Path], tested: list[tuple[Path, str]], tmp_path: Path) -> None:
+    (tmp_path / "no.npz").write_bytes((tested[0][0] / "scores.npz").read_bytes()[:2000])
+    error = run("--scores", tested[0][0] / "scores.npz", tmp_path / "no.npz", "--out", tmp_path / "out", status=1)[1]
+    assert error.startswith(f"error: {tmp_path}/no.npz: not a whole file of scores")
+    one = ["--cfg", CONFIG, *overrides(data), "--out", tmp_path / "out", "--checkpoint"]
+    assert "none.pt: no such checkpoint" in run(*one, tmp_path / "none.pt", status=1)[1]
+    state = checkpoint.load(networks[0])
+    for classes, message in (
+        (["a", "b"], "names of 2 classes, but MODEL.NUM_CLASSES is 8"),
+        ([1] * 8, "no list of names"),
+    ):
+        checkpoint.save_weights(tmp_path / "other.pt", state["model"], classes=classes)
+        assert message in run(*one, tmp_path / "other.pt", status=1)[1]
+    assert not (tmp_path / "out").exists()
