@@ -34,6 +34,7 @@ from octvideo.data.loader import Loader
 from octvideo.data.sampling import POLICIES, SHORT, seeded_generator
 from octvideo.engine import checkpoint, optim
 from octvideo.engine.checkpoint import CheckpointError
+from octvideo.engine.classes import check_class_order
 from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
 from octvideo.engine.ema import Ema
 from octvideo.engine.evaluate import Evaluation, evaluate
@@ -459,7 +460,8 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     clips = train_loader(cfg, videos, world, device)
     validate = _validation(cfg, world, device) if cfg.TRAIN.VAL_PERIOD else None
     if cfg.TEST.ENABLE:
-        test_list(cfg)  # what is wrong with it should show before the training, not after
+        tested = test_list(cfg).source  # what is wrong with it should show before the training, not after
+        check_class_order(classes, class_names(cfg, tested), tested, whose=(videos.source, tested))
     model = network(cfg)
     start = _starting_point(cfg, folder, model)
     place(cfg, model, device)
@@ -527,6 +529,8 @@ def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "so
     path, state = _weights_to_test(cfg, folder)
     videos = test_list(cfg)
     classes = _classes_of(state, path, cfg.MODEL.NUM_CLASSES)
+    of_data = class_names(cfg, videos.source)
+    check_class_order(classes, of_data, str(path))
     model = network(cfg)
     checkpoint.load_weights(model, state.get("ema", state["model"]), path)
     result = evaluate(
@@ -546,7 +550,9 @@ def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "so
     if result.views is None:
         return None
     names = [videos.name(index) for index in range(len(videos))]
-    views = replace(result.views, names=names, classes=classes, facts=_facts(cfg, path, state, result))
+    views = replace(
+        result.views, names=names, classes=classes or of_data, facts=_facts(cfg, path, state, result, videos)
+    )
     averaged = Averaged(result.scores, result.scored, complete=result.scored)
     found = results_of(views, averaged, {**view_facts(cfg.TEST.CLIPS, cfg.TEST.CROPS, average), **views.facts})
     folder.mkdir(parents=True, exist_ok=True)
@@ -566,7 +572,7 @@ def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "so
     return found
 
 
-def _facts(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+def _facts(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation, videos: VideoList) -> dict[str, Any]:
     """Where scores are from, kept with them."""
     clip = cost(cfg, cfg.DATA.TEST_CROP)
     return {
@@ -579,7 +585,7 @@ def _facts(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation) 
         "checkpoint": str(path),
         "epoch": state["epoch"],
         "policy": cfg.DATA.POLICY,
-        "prefix": cfg.DATA.PREFIX,
+        "prefix": videos.prefix,
     }
 
 

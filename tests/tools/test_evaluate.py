@@ -37,6 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 videos to test on, three of each class."""
     folder = tmp_path_factory.mktemp("data") / "motion"
     motion.make(folder, motion.Settings(train=1, val=3, size=48, frames=24), workers=1)
+    (folder / "labels.txt").unlink()  # so that names of classes are where a test puts them
     return folder
 
 
@@ -300,3 +301,25 @@ def test_files_that_do_not_do(data: Path, networks: list[Path], tested: list[tup
         checkpoint.save_weights(tmp_path / "other.pt", state["model"], classes=classes)
         assert message in run(*one, tmp_path / "other.pt", status=1)[1]
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_in_another_order_are_refused(data: Path, networks: list[Path], tmp_path: Path) -> None:
+    """The first network has names; the data has them in labels.txt beside the list, or in DATA.CLASS_NAMES."""
+    shutil.copy(data / "val.txt", tmp_path)
+    one = ["--cfg", CONFIG, *overrides(data, "DATA.TEST_LIST", f"{tmp_path}/val.txt"), "--clips", "1", "--crops", "1"]
+    one += ["--out", tmp_path / "out", "--checkpoint"]
+    names = [*motion.CLASSES]
+    names[2:4] = names[3], names[2]
+    (tmp_path / "labels.txt").write_text("\n".join(names))
+    error = run(*one, networks[0], status=1)[1]
+    assert error.startswith(
+        f"error: {networks[0]}: 2 of 8 labels mean something else in the checkpoint than in the data"
+    )
+    assert (
+        "label 2: 'up' in the checkpoint, 'down' in the data" in error and "the same classes in another order" in error
+    )
+    assert not (tmp_path / "out").exists()
+    run(*one, networks[1])  # which has none: the data's are used
+    assert [line.split(",")[1] for line in (tmp_path / "out/classes.csv").read_text().splitlines()[1:]] == names
+    (tmp_path / "right.txt").write_text("\n".join(motion.CLASSES).upper().replace("_", " "))
+    run(*one, networks[0], "DATA.CLASS_NAMES", tmp_path / "right.txt")

@@ -1,6 +1,7 @@
 """The main job end to end on small videos made here: train, validate, test, resume, two processes, and bad input."""
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -445,3 +446,29 @@ def test_bad_configs(videos: Path, tmp_path: Path) -> None:
 def test_testing_without_a_checkpoint(videos: Path, tmp_path: Path) -> None:
     error = run(arguments(videos, tmp_path / "out", "TRAIN.ENABLE", "False"), status=1)[1]
     assert "no checkpoint to test; train first or give TEST.CHECKPOINT FILE" in error
+
+
+def test_a_test_list_of_classes_in_another_order_stops_before_the_training(videos: Path, tmp_path: Path) -> None:
+    for name, names in (("train", "dark\nbright"), ("test", "bright\ndark")):
+        (tmp_path / name).mkdir()
+        shutil.copy(videos / ("train.txt" if name == "train" else "val.txt"), tmp_path / name / "list.txt")
+        (tmp_path / name / "labels.txt").write_text(names)
+    train, test = (str(tmp_path / name / "list.txt") for name in ("train", "test"))
+    more = ["DATA.TRAIN_LIST", train, "DATA.TEST_LIST", test]
+    error = run(arguments(videos, tmp_path / "out", *more), status=1)[1]
+    assert error.startswith(f"error: {test}: 2 of 2 labels mean something else in {train} than in {test}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_test_leaves_is_what_evaluate_leaves(trained: tuple[Path, str]) -> None:
+    out = trained[0]
+    test = json.loads((out / "test.json").read_text())
+    assert (test["average"], test["videos_incomplete"]) == ("softmax", 0) and 0 <= test["calibration_error"] <= 100
+    assert test["mean_class_accuracy"] == pytest.approx(np.mean([100 * c / n for c, n in correct_of_classes(out)]))
+    assert (out / "confusion.csv").read_text().startswith("label,0,1,not scored\n0,")
+    assert len(ViewScores.load(out / "scores.npz").logits) == 5 * 6
+
+
+def correct_of_classes(out: Path) -> list[tuple[int, int]]:
+    rows = csv.DictReader(io.StringIO((out / "classes.csv").read_text()))
+    return [(int(row["correct"]), int(row["videos"])) for row in rows]
