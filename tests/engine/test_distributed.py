@@ -18,6 +18,8 @@ def test_alone() -> None:
     assert world == World(0, 1, 0) and world.main
     assert torch.equal(distributed.all_reduce(torch.ones(2)), torch.ones(2))
     assert distributed.gather_objects("a") == ["a"]
+    rows = torch.arange(6).view(3, 2)
+    assert distributed.gather_rows(rows, torch.device("cpu")) is rows
 
 
 def test_torchrun_s_environment(monkeypatch: pytest.MonkeyPatch) -> None:
