@@ -51,7 +51,7 @@ KEY = re.compile(r"[A-Z_]+(\.[A-Z_]+)*")
 
 def of_network(options: argparse.Namespace) -> Results | None:
     """Test the checkpoint; None on all ranks but the main one."""
-    cfg = build.load_config(options.cfg, [*options.overrides, *_flags_as_overrides(options)])
+    cfg = build.load_config(options.cfg, [*_flags_as_overrides(options), *options.overrides])
 
     def job(world: World, device: torch.device) -> Results | None:
         if device.type == "cpu":
@@ -151,7 +151,7 @@ def _ensemble(
         "views": sum(own["views"] for own in facts),
         "average": facts[0]["average"],
         "members": [
-            {"scores": source, "weight": weight, **metrics, **own}
+            {"scores": source, "weight": weight, **metrics, **own} | metrics
             for source, weight, metrics, own in zip(sources, weights, alone, facts, strict=True)
         ],
     }

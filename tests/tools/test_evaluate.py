@@ -276,6 +276,7 @@ def test_a_video_that_cannot_be_decoded_is_wrong_in_scores_too(
         (["--cfg", CONFIG, "--checkpoint", "x.pt", "--clips", "2", "TEST.CLIPS", "3"], "--clips and TEST.CLIPS are both"),
         (["--cfg", CONFIG, "--checkpoint", "x.pt", "--clips", "-1"], "TEST.CLIPS is -1; allowed: 1 or more"),
         (["--cfg", CONFIG, "--checkpoint", "x.pt", "TEST.CLIP", "1"], "did you mean TEST.CLIPS?"),
+        (["--cfg", CONFIG, "DATA.NUM_WORKERS", "--checkpoint", "x.pt"], "override 'DATA.NUM_WORKERS' has no value"),
     ],
 )  # fmt: skip
 def test_requests_that_are_refused(
