@@ -49,6 +49,11 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> No
         reason = f"{_first_line(error)}; {free:.0f} MB are free there"
         raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is untouched") from error
 
+        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is untouched") from error
+    except BaseException:  # of what writes the content, or ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
+
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the checkpoint of `step` and remove all but the newest `keep`."""

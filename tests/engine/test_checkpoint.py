@@ -4,6 +4,7 @@ import resource
 import signal
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_00000001.pt"]
     assert checkpoint.latest(tmp_path)[1]["step"] == 1
+
+
+def test_an_error_of_what_writes_leaves_no_temporary_file(tmp_path: Path) -> None:
+    """A video that turns out to be damaged while it is written, or ctrl-C."""
+    (tmp_path / "a.mp4").write_bytes(b"before")
+    for error in (ValueError("damaged"), KeyboardInterrupt()):
+
+        def write(file: IO[bytes], error: BaseException = error) -> None:
+            file.write(b"half")
+            raise error
+
+        with pytest.raises(type(error)):
+            checkpoint.write_atomic(tmp_path / "a.mp4", write)
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.mp4", b"before")]
 
 
 class Net(nn.Module):
