@@ -526,7 +526,7 @@ def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "so
     it wrote, the others None.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    path, state = _weights_to_test(cfg, folder)
+    path, state = weights_to_test(cfg, folder)
     videos = test_list(cfg)
     classes = _classes_of(state, path, cfg.MODEL.NUM_CLASSES)
     of_data = class_names(cfg, videos.source)
@@ -662,7 +662,8 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> dict[str, A
     return None
 
 
-def _weights_to_test(cfg: CfgNode, folder: Path) -> tuple[Path, dict[str, Any]]:
+def weights_to_test(cfg: CfgNode, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """TEST.CHECKPOINT, or else the newest whole checkpoint in the folder, with what it holds."""
     if cfg.TEST.CHECKPOINT:
         return Path(cfg.TEST.CHECKPOINT), checkpoint.load(Path(cfg.TEST.CHECKPOINT))
     newest = checkpoint.latest(folder)

@@ -137,6 +137,11 @@ def defaults() -> CfgNode:
     return cfg
 
 
+def key_names() -> list[str]:
+    """The name of every key, as overrides give it."""
+    return [key for key, _ in _flatten(defaults())]
+
+
 def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list[str]]:
     """Lay a YAML file with its `_BASE_`, then KEY VALUE overrides, over the defaults.
 

@@ -37,6 +37,12 @@ def test_base_file_and_overrides_in_this_order(tmp_path: Path) -> None:
     assert (cfg.SEED, cfg.OUTPUT_DIR, cfg.DATA.SEPARATOR) == (7, "2024", ", ")
 
 
+def test_the_names_of_all_keys() -> None:
+    names = config.key_names()
+    assert {"SEED", "DATA.NUM_FRAMES", "SOLVER.BASE_LR"} < set(names)
+    assert all(name.isupper() for name in names) and "DATA" not in names
+
+
 def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
     cfg = build.load_config(write(tmp_path, GOOD), ["SOLVER.WEIGHT_DECAY", "5e-5", "OCTAVE.ALPHA", "1"])
     assert (cfg.SOLVER.WEIGHT_DECAY, cfg.OCTAVE.ALPHA) == (5e-5, 1.0)

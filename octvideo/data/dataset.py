@@ -74,6 +74,13 @@ class VideoList:
         return f"{self.source}:{self.lines[index]}"
 
 
+def unlabelled(paths: Sequence[str], source: str) -> VideoList:
+    """Files that are in no list; their label is -1. source: where the paths are from, for messages."""
+    names = [path.encode() for path in paths]
+    ends, labels = np.cumsum([len(name) for name in names], dtype=np.int64), np.full(len(names), -1, np.int64)
+    return VideoList(source, "", b"".join(names), ends, labels, np.arange(1, len(names) + 1, dtype=np.int32))
+
+
 def read_list(
     path: str,
     *,
@@ -323,17 +330,7 @@ class EvalDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         try:
             with open_video(self.videos.path(index), self.decoder) as video:
-                indices = eval_indices(
-                    video.num_frames,
-                    video.fps,
-                    num_frames=self.num_frames,
-                    sampling_rate=self.sampling_rate,
-                    target_fps=self.target_fps,
-                    policy=self.policy,
-                    num_clips=self.num_clips,
-                    short=self.short,
-                )
-                frames, order = _scaled_frames(video, indices, self.short_side)
+                frames, order = _scaled_frames(video, self.indices(video), self.short_side)
         except DecodeError as error:
             return failed_sample(self.videos, index, error)
         clips = torch.empty(self.num_clips, self.num_crops, 3, self.num_frames, self.crop, self.crop, dtype=torch.uint8)
@@ -342,6 +339,19 @@ class EvalDataset(Dataset[Sample]):
             for clip in range(self.num_clips):
                 clips[clip, place] = planes.index_select(1, order[clip])
         return Sample(clips.flatten(0, 1), self.videos.label(index), index)
+
+    def indices(self, video: Video) -> Tensor:
+        """int64 [num_clips, T]: the frames of each clip."""
+        return eval_indices(
+            video.num_frames,
+            video.fps,
+            num_frames=self.num_frames,
+            sampling_rate=self.sampling_rate,
+            target_fps=self.target_fps,
+            policy=self.policy,
+            num_clips=self.num_clips,
+            short=self.short,
+        )
 
 
 def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from octvideo.data.dataset import (
     VideoList,
     collate,
     read_list,
+    unlabelled,
 )
 from octvideo.data.decode import open_video
 from octvideo.data.loader import Loader, TrainBatches
@@ -75,6 +76,13 @@ def test_lines_become_paths_and_labels(tmp_path: Path) -> None:
     assert [videos.label(i) for i in range(4)] == [3, 0, 12, 7]
     assert videos.place(1) == f"{tmp_path}/l.txt:4"
     assert repr(videos) == f"VideoList('{tmp_path}/l.txt', 4 videos)"
+
+
+def test_files_without_a_list() -> None:
+    files = unlabelled(["a b/größe.mp4", "/c.mp4", "d.tar:512:9:e.mp4"], "the command line")
+    assert [files.path(index) for index in range(len(files))] == ["a b/größe.mp4", "/c.mp4", "d.tar:512:9:e.mp4"]
+    assert files.label(2) == -1 and files.place(1) == "the command line:2"
+    assert len(unlabelled([], "nowhere")) == 0
 
 
 def test_other_separators_and_a_byte_order_mark(tmp_path: Path) -> None:
