@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,11 @@ class Network:
     device: torch.device
     classes: list[str]  # K names
     weights: dict[str, Any]  # for the report: checkpoint (None: random), step, epoch, moving_average
+
+    @property
+    def mark(self) -> str:
+        """What everything that is made with random weights says."""
+        return UNTRAINED if self.weights["random_weights"] else ""
 
 
 class Seen(NamedTuple):
@@ -246,9 +251,9 @@ def save_features(network: Network, path: str, seen: Seen, out: Path, cfg_path: 
         "end_s": spans[:, 1],
         "video": np.array(path),
         "config": np.array(cfg_path),
-        "checkpoint": np.array(network.weights["checkpoint"] or UNTRAINED),
+        "checkpoint": np.array(network.weights["checkpoint"] or network.mark),
     }
-    write_atomic(out, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    write_atomic(out, lambda file: np.savez(file, **arrays))
 
 
 def heat_of_clips(network: Network, seen: Seen) -> list[Tensor]:
@@ -277,14 +282,10 @@ def saliency_sheet(network: Network, seen: Seen, heats: list[Tensor], answer: di
         span = f", {clip['start_s']:.2f}-{clip['end_s']:.2f} s" if "start_s" in clip else ""
         title = f"{Path(answer['path']).name}{span}: {_cells(clip['top'])[0]}"
         both = np.concatenate([plain, heat_over(plain, hot.numpy())], axis=1)  # one above the other
-        rows.append((legible(_marked(network, title), font), torch.from_numpy(both).permute(3, 0, 1, 2)))
+        rows.append((legible(f"{title}  {network.mark}".rstrip(), font), torch.from_numpy(both).permute(3, 0, 1, 2)))
     content = io.BytesIO()
     contact_sheet(rows, font).save(content, "PNG")
     return content.getvalue()
-
-
-def _marked(network: Network, title: str) -> str:
-    return title if network.weights["checkpoint"] else f"{title}  {UNTRAINED}"
 
 
 def enlarged(frame: NDArray[np.uint8], least: int) -> NDArray[np.uint8]:
@@ -298,7 +299,7 @@ def enlarged(frame: NDArray[np.uint8], least: int) -> NDArray[np.uint8]:
 
 @dataclass
 class Annotation:
-    """The frames of a video with what is said of the clip that is nearest in time, and with heat where there is some."""
+    """The frames of a video with what is said of the clip whose middle is nearest, and with heat where there is some."""
 
     network: Network
     seen: Seen
@@ -308,33 +309,34 @@ class Annotation:
     heats: list[Tensor] | None = None
 
     def frames(self, video: Video) -> Iterator[NDArray[np.uint8]]:
-        """One at a time, of all frames of the video."""
-        indices, spans = self.seen.indices, self.seen.spans()
+        """One at a time, of all frames of the video. Heat lasts as long as its clip."""
+        indices, spans, font = self.seen.indices, self.seen.spans(), None
         assert indices is not None
-        middles = (indices.min(axis=1) + indices.max(axis=1)) / 2
-        font, whole, latest, hot = None, None, (-1, -1), np.zeros(0)
+        first, last = indices.min(axis=1), indices.max(axis=1)
+
+        @lru_cache(maxsize=1)
+        def whole(clip: int, height: int, width: int) -> Tensor:
+            assert self.heats is not None
+            return self.whole_frame(self.heats[clip], height, width)
+
+        @lru_cache(maxsize=1)
+        def heat(clip: int, t: int, height: int, width: int) -> NDArray[np.float32]:
+            one = whole(clip, height, width)[t][None, None]
+            return F.interpolate(one, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+
         for start in range(0, video.num_frames, CHUNK):
             part = video.frames(range(start, min(start + CHUNK, video.num_frames))).numpy()
             for number, frame in enumerate(part, start):
-                clip = int(abs(middles - number).argmin())
-                if self.heats is not None:
-                    at = clip, int(abs(indices[clip] - number).argmin())
-                    if at[0] != latest[0]:
-                        whole = self.whole_frame(self.heats[clip], frame.shape[0], frame.shape[1])
-                    if at != latest:
-                        assert whole is not None
-                        one = whole[at[1]][None, None]
-                        hot = F.interpolate(one, size=frame.shape[:2], mode="bilinear", align_corners=False)[
-                            0, 0
-                        ].numpy()
-                        latest = at
-                    frame = heat_over(frame, hot)
+                clip = int(abs((first + last) / 2 - number).argmin())
+                if self.heats is not None and first[clip] <= number <= last[clip]:
+                    t = int(abs(indices[clip] - number).argmin())  # the nearest of the frames that the network saw
+                    frame = heat_over(frame, heat(clip, t, frame.shape[0], frame.shape[1]))
                 frame = enlarged(frame, VIDEO_SIDE)
                 font = font or self.font(min(frame.shape[:2]))
                 begin, end = spans[clip]
                 title = f"{number / self.seen.fps:.2f} s   clip {clip}: {begin:.2f}-{end:.2f} s"
                 rows = [(entry["name"], entry["probability"]) for entry in self.answer["clips"][clip]["top"]]
-                yield draw_panel(frame, title, rows, font, mark=_marked(self.network, "").strip())
+                yield draw_panel(frame, title, rows, font, mark=self.network.mark)
 
     def font(self, side: int) -> Font:
         return choose_font(max(12, round(side / 30)), self.network.classes, self.font_path)
@@ -461,8 +463,8 @@ def _warn_of_font(network: Network, options: argparse.Namespace) -> None:
 def _introduction(network: Network) -> str:
     cfg, weights = network.cfg, network.weights
     octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}" if cfg.OCTAVE.ALPHA else "vanilla"
-    source = UNTRAINED
-    if weights["checkpoint"]:
+    source = network.mark
+    if not source:
         average = ", moving average" if weights["moving_average"] else ""
         source = f"{weights['checkpoint']} (epoch {weights['epoch']}, step {weights['step']}{average})"
     return f"{cfg.MODEL.NAME} ({octave}), {source}, {cfg.TEST.CLIPS} clip(s) x {cfg.TEST.CROPS} crop(s)"

@@ -182,8 +182,11 @@ def test_annotated_videos_are_whole(
     rows, columns = large.shape[1:3]
     difference = abs(plain[:, :rows, :columns].astype(int) - large)
     assert difference[:, below].mean() < 6 < 30 < difference[:, 8:60, 8:200].mean()
-    heat = abs(hot[:, :rows, :columns].astype(int) - large)
-    assert heat[:, below].mean() > 1.5 * difference[:, below].mean()
+    inside = [number for number in range(frames) if name != "wide" or number % 8 < 4]  # of a clip
+    heat = abs(hot[:, :rows, :columns].astype(int) - large)[:, below]
+    assert heat[inside].mean() > 1.5 * difference[inside][:, below].mean()
+    for number in set(range(frames)) - set(inside):
+        assert heat[number].mean() < 6
 
 
 def test_the_panel_names_the_clip_that_is_near(videos: Path, trained: Path, tmp_path: Path) -> None:
