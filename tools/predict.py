@@ -242,7 +242,7 @@ def save_features(network: Network, path: str, seen: Seen, out: Path, cfg_path: 
     num_crops = network.cfg.TEST.CROPS
     clip, crop = np.divmod(np.arange(len(seen.features)), num_crops)
     spans = np.array(seen.spans() or [(np.nan, np.nan)])[clip]
-    arrays = {
+    arrays: dict[str, Any] = {
         "features": seen.features.numpy(),
         "probabilities": seen.probabilities.numpy(),
         "clip": clip,
