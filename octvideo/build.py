@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,11 @@ from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
 from octvideo.engine.nonfinite import NonFinite
+from octvideo.engine.precise_bn import precise_statistics
 from octvideo.engine.profile import StepProfiler
 from octvideo.engine.results import Results, results_of, view_facts
 from octvideo.engine.scores import Averaged
-from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, fit
+from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, TrainingError, fit
 from octvideo.models import (
     NETWORKS,
     ResNetSpec,
@@ -382,7 +383,8 @@ class _Run:
     nonfinite: NonFinite
     ema: Ema | None
     stop: StopRequest
-    validate: Callable[[nn.Module], Evaluation] | None
+    clips: Loader
+    validate: Callable[..., Evaluation] | None
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sgd.load_state_dict(state["optimizer"])
@@ -423,11 +425,12 @@ class _Run:
             profiler.step()
         if self.ema:
             self.ema.update(self.progress.step)
-        stopped, period = self.stop.agreed(self.device), cfg.TRAIN.CHECKPOINT_STEPS
-        if stopped or (period and self.progress.step % period == 0):
+        self.check_stop()
+        if cfg.TRAIN.CHECKPOINT_STEPS and self.progress.step % cfg.TRAIN.CHECKPOINT_STEPS == 0:
             self.save()
-        if stopped:
-            raise Stopped(stopped, self.progress.step)
+
+    def check_stop(self) -> None:
+        self.stop.check(self.device, self.progress.step)
 
     def after_epoch(self, values: dict[str, float]) -> None:
         cfg, epoch, epochs = self.cfg, self.progress.epoch, math.ceil(self.epochs)
@@ -437,15 +440,30 @@ class _Run:
             f"lr {values['lr']:.4g}  {values['clips_per_s']:.1f} clips/s  data wait {100 * values['data_wait']:.0f} %"
         )
         self.log.event("epoch", self.progress.step, {"epoch": epoch, **values})
-        if self.validate and (last or epoch % cfg.TRAIN.VAL_PERIOD == 0):
+        if last or (self.validate and epoch % cfg.TRAIN.VAL_PERIOD == 0):
             broadcast_buffers(self.model)
             with self.ema.applied() if self.ema else contextlib.nullcontext():
-                result = self.validate(self.model)
-            line += f"  |  val top-1 {result.top(1):.1f} %"
-            self.log.event("val", self.progress.step, {"epoch": epoch, **_accuracy(result)})
+                if cfg.TRAIN.PRECISE_NORM_BATCHES:
+                    precise_statistics(self.model, self.norm_inputs())
+                result = self.validate(self.model, poll=self.check_stop) if self.validate else None
+            if result:
+                line += f"  |  val top-1 {result.top(1):.1f} %"
+                self.log.event("val", self.progress.step, {"epoch": epoch, **_accuracy(result)})
         self.log.say(line)
         if last or epoch % cfg.TRAIN.CHECKPOINT_PERIOD == 0:
             self.save()
+
+    def norm_inputs(self) -> Iterator[Tensor]:
+        """Network inputs that norms' statistics are taken of: the same each time, the last batches of epoch 0's order."""
+        batches, prepare = self.clips.batch_sampler, prepare_clips(self.cfg)
+        assert isinstance(batches, loader.TrainBatches)
+        batches.set_epoch(0)
+        batches.set_epoch(0, max(0, len(batches) - self.cfg.TRAIN.PRECISE_NORM_BATCHES))
+        for batch in self.clips:
+            self.check_stop()
+            if batch.errors:
+                raise TrainingError(batch.errors[0])
+            yield prepare(batch.clips.flatten(0, 1).to(self.device, non_blocking=True))
 
 
 def train(cfg: CfgNode, world: World, device: torch.device) -> None:
@@ -486,6 +504,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log),
         Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
         StopRequest(),
+        clips,
         validate,
     )
     if start:
@@ -494,28 +513,32 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     if world.main:
         checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
     with run.stop, _profiler(run) as profiler:
-        fit(
-            _parallel(cfg, model, world, device),
-            run.sgd,
-            clips,
-            progress=run.progress,
-            meter=run.meter,
-            epochs=run.epochs,
-            lr_at=learning_rate(cfg, steps_per_epoch),
-            prepare=prepare_clips(cfg),
-            mix=mix(cfg, world),
-            loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
-            precision=run.precision,
-            freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
-            failures=run.failures,
-            nonfinite=run.nonfinite,
-            device=device,
-            world=world,
-            log=log,
-            log_period=cfg.TRAIN.LOG_PERIOD,
-            after_step=partial(run.after_step, profiler),
-            after_epoch=run.after_epoch,
-        )
+        try:
+            fit(
+                _parallel(cfg, model, world, device),
+                run.sgd,
+                clips,
+                progress=run.progress,
+                meter=run.meter,
+                epochs=run.epochs,
+                lr_at=learning_rate(cfg, steps_per_epoch),
+                prepare=prepare_clips(cfg),
+                mix=mix(cfg, world),
+                loss=partial(F.cross_entropy, label_smoothing=cfg.TRAIN.LABEL_SMOOTHING),
+                precision=run.precision,
+                freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
+                failures=run.failures,
+                nonfinite=run.nonfinite,
+                device=device,
+                world=world,
+                log=log,
+                log_period=cfg.TRAIN.LOG_PERIOD,
+                after_step=partial(run.after_step, profiler),
+                after_epoch=run.after_epoch,
+            )
+        except Stopped:
+            run.save()
+            raise
     log.close()
 
 
@@ -608,7 +631,7 @@ def _accuracy(result: Evaluation) -> dict[str, Any]:
     }
 
 
-def _validation(cfg: CfgNode, world: World, device: torch.device) -> Callable[[nn.Module], Evaluation]:
+def _validation(cfg: CfgNode, world: World, device: torch.device) -> Callable[..., Evaluation]:
     """One centred clip and crop of each video of VAL_LIST."""
     videos = video_list(cfg, cfg.DATA.VAL_LIST, training=False)
     clips = eval_loader(cfg, videos, world, device, num_clips=1, num_crops=1)
@@ -680,11 +703,11 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def _restore_rank(ranks: list[dict[str, Any]], meter: Meter, world: World, log: Log) -> None:
-    """Each rank's own random state and sums. With another number of ranks, dropout draws differ, and nothing else."""
+    """Each rank's own random state and sums; with another number of ranks a word on what differs."""
     if len(ranks) != world.size:
         log.say(
             f"the checkpoint is of {len(ranks)} process(es), this run has {world.size}: clips, order and learning rate "
-            "stay the same; dropout and mixup draw otherwise, and norms see other shares of a batch"
+            "stay the same; dropout, mixup and cutmix draw otherwise, and norms see other shares of a batch"
         )
         if world.main:
             meter.load_state_dict(_summed([rank["meter"] for rank in ranks]))

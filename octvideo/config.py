@@ -102,6 +102,9 @@ def defaults() -> CfgNode:
     # With both MIXUP and CUTMIX each process draws one of them at each step, both equally likely.
     cfg.TRAIN.EMA_DECAY = 0.0  # of a moving average of the weights, which validation and test then use; 0: none
     cfg.TRAIN.FREEZE_NORM_STATS = False  # norms use, and keep, the statistics that they have (of TRAIN.INIT)
+    cfg.TRAIN.PRECISE_NORM_BATCHES = (
+        0  # of training, that norms' statistics are taken of before validation; 0: running ones
+    )
     cfg.TRAIN.SYNC_NORM = False  # norms' statistics over all processes' batches; False: each process's own batch
     cfg.TRAIN.CHECKPOINT_ACTIVATIONS = False  # recompute blocks in backward: less memory, up to half more time
     cfg.TRAIN.ACCUMULATE = 1  # parts that each process takes its batch in, for less memory; norms see the parts apart
@@ -202,11 +205,9 @@ def check(
     require(bool(cfg.OUTPUT_DIR), "OUTPUT_DIR", "a folder, e.g. OUTPUT_DIR runs/first")
     at_least(0, "NUM_THREADS", "SEED", "DATA.TARGET_FPS", "DATA.NUM_WORKERS", "DATA.TIMEOUT_S", "TRAIN.VAL_PERIOD")
     at_least(0, "SOLVER.BASE_LR", "SOLVER.WARMUP_LR", "SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY")
-    at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CHECKPOINT_STEPS")
-    at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PROFILE_STEPS", "SOLVER.CLIP_NORM")
-
     at_least(0, "SOLVER.WEIGHT_DECAY_NORM", "TRAIN.MIXUP", "TRAIN.CUTMIX", "TRAIN.CHECKPOINT_STEPS")
-    at_least(0, "TRAIN.MAX_NONFINITE", "SOLVER.CLIP_NORM", "DATA.RANDAUGMENT_OPS")
+    at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PRECISE_NORM_BATCHES", "TRAIN.PROFILE_STEPS")
+    at_least(0, "SOLVER.CLIP_NORM", "DATA.RANDAUGMENT_OPS")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
@@ -245,8 +246,9 @@ def check(
             list(cfg.OCTAVE.POOL) == [1, 2, 2], "OCTAVE.POOL", f"[1, 2, 2] for images, which {cfg.MODEL.NAME} takes"
         )
     require(0 <= cfg.TRAIN.EMA_DECAY < 1, "TRAIN.EMA_DECAY", "0 to below 1")
-    unread = cfg.TRAIN.SYNC_NORM and cfg.TRAIN.FREEZE_NORM_STATS
-    require(not unread, "TRAIN.SYNC_NORM", "False with TRAIN.FREEZE_NORM_STATS, whose norms read no batch")
+    for key, none in (("TRAIN.SYNC_NORM", False), ("TRAIN.PRECISE_NORM_BATCHES", 0)):
+        fits = not (_get(cfg, key) and cfg.TRAIN.FREEZE_NORM_STATS)
+        require(fits, key, f"{none} with TRAIN.FREEZE_NORM_STATS, whose norms read no batch")
     require(0 <= cfg.TRAIN.LABEL_SMOOTHING < 1, "TRAIN.LABEL_SMOOTHING", "0 to below 1")
     require(0 <= cfg.SOLVER.MOMENTUM < 1, "SOLVER.MOMENTUM", "0 to below 1")
     require(not cfg.SOLVER.NESTEROV or cfg.SOLVER.MOMENTUM > 0, "SOLVER.NESTEROV", "False where MOMENTUM is 0")

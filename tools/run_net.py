@@ -25,16 +25,8 @@ from octvideo.engine.train import Stopped, TrainingError
 
 MISTAKES = (ConfigError, ListError, MissingDecoderError)
 FAILURES = (
-    DecodeError,
-    LoaderError,
-    CheckpointError,
-    LogError,
-    DistributedError,
-    TrainingError,
-    BudgetError,
-    NonFiniteError,
-    *(DecodeError, LoaderError, CheckpointError, DistributedError, TrainingError, BudgetError, NonFiniteError),
-    *(ClassOrderError, ScoresError),
+    *(DecodeError, LoaderError, CheckpointError, LogError, DistributedError, TrainingError, BudgetError),
+    *(NonFiniteError, ClassOrderError, ScoresError),
 )
 
 

@@ -48,8 +48,6 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> No
         free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
         reason = f"{_first_line(error)}; {free:.0f} MB are free there"
         raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is untouched") from error
-
-        raise CheckpointError(f"{path}: could not be written ({error}); what was there before is untouched") from error
     except BaseException:  # of what writes the content, or ctrl-C
         temporary.unlink(missing_ok=True)
         raise
@@ -60,7 +58,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint_{step:08d}.pt"
     write_atomic(path, lambda file: torch.save({"format": FORMAT, "step": step, **state}, file))
-    for old in found(folder)[:-keep]:
+    unfinished = folder.glob(".checkpoint_*.tmp")  # of processes that were killed in the middle
+    for old in (*found(folder)[:-keep], *unfinished):
         old.unlink(missing_ok=True)
     return path
 

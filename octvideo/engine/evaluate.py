@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octvideo.engine.distributed import World, all_reduce, gather_objects, gather_rows
+from octvideo.engine.distributed import World, all_reduce, all_reduce_max, gather_objects, gather_rows
 from octvideo.engine.log import bar
 from octvideo.engine.metrics import top_percent
 from octvideo.engine.scores import Averaged, ViewScores, aggregate
@@ -58,12 +58,14 @@ def evaluate(
     world: World,
     title: str,
     average: str = "softmax",
+    poll: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score every video of the list; the same on every rank, but for `views`.
 
     loader: batches of clips [N, V, C, T, H, W] uint8, V = num_clips * num_crops with the crops of a clip side by side,
     videos [N] (indices into labels [M]), errors and failed_videos of those left out. prepare: uint8 clips on the device
-    -> network input. average: see scores.aggregate.
+    -> network input. average: see scores.aggregate. poll: called before each batch, equally often on every rank; what it
+    raises ends the evaluation.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +74,7 @@ def evaluate(
     failed: list[tuple[int, str]] = []
     started = time.perf_counter()
     with bar(len(labels), title, unit="video", main=world.main) as shown:
-        for batch in loader:
+        for batch in _in_step(loader, poll, device):
             failed += zip(batch.failed_videos.tolist(), batch.errors, strict=True)
             if len(batch.videos):
                 # [N, V, C, T, H, W] -> [N*V, C, T, H, W] -> [N*V, K] -> [N, V, K]
@@ -103,6 +105,16 @@ def evaluate(
         seconds=time.perf_counter() - started,
         views=gathered,
     )
+
+
+def _in_step(loader: Any, poll: Callable[[], None], device: torch.device) -> Iterator[Any]:
+    """The batches of this rank. poll() before each, and for those that other ranks have more, since ranks meet in it."""
+    batches = iter(loader)
+    for _ in range(int(all_reduce_max(torch.tensor(len(loader), device=device)))):
+        poll()
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch
 
 
 def _view_scores(

@@ -62,7 +62,7 @@ class Progress:
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal, and has saved where it is."""
+    """The run was asked to stop by a signal."""
 
     def __init__(self, signal_number: int, step: int) -> None:
         self.signal_number = signal_number
@@ -70,7 +70,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Notes a signal, so that the loop can end between two steps. A second one of the same kind ends the process."""
+    """Notes a signal, so that the run can end between two batches. A second one of the same kind ends the process."""
 
     def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
         self.signals, self.received = signals, 0
@@ -88,9 +88,11 @@ class StopRequest:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
-    def agreed(self, device: torch.device) -> int:
-        """The signal that any rank received, on all of them; 0: none."""
-        return int(all_reduce_max(torch.tensor(self.received, device=device)))
+    def check(self, device: torch.device, step: int) -> None:
+        """Raises Stopped on all ranks where any has received a signal; called by all of them, equally often."""
+        received = int(all_reduce_max(torch.tensor(self.received, device=device)))
+        if received:
+            raise Stopped(received, step)
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,9 @@ def fit(
     mix: network input, labels and step -> input and targets of the step. loss: logits and targets -> mean loss.
     freeze_norm_stats: norms use their running statistics and leave them as they are.
     after_step: called when progress has moved on (checkpoint, stop). after_epoch: with the epoch's numbers (validation,
-    checkpoint). failures: takes those of clips that were replaced; nonfinite: steps that were skipped. Both raise where
-    there are too many, and TrainingError is raised for a clip that could not even be replaced.
+    checkpoint); where it raises Stopped, progress is put back to the epoch's last step, to go on from. failures: takes those
+    of clips that were replaced; nonfinite: steps that were skipped. Both raise where there are too many, and TrainingError
+    is raised for a clip that could not even be replaced.
     """
     first = progress.epoch + progress.step_in_epoch / max(1, _steps(loader, progress.epoch, 0))
     started = time.perf_counter()
@@ -230,7 +233,11 @@ def fit(
                 shown.update()
                 after_step()
         progress.epoch, progress.step_in_epoch = epoch + 1, 0
-        after_epoch({"lr": lr_at(epoch), **meter.epoch()})
+        try:
+            after_epoch({"lr": lr_at(epoch), **meter.epoch()})
+        except Stopped:
+            progress.epoch, progress.step_in_epoch = epoch, last_step
+            raise
 
 
 def _steps(loader: EpochLoader, epoch: int, start_step: int) -> int:

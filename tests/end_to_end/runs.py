@@ -20,7 +20,7 @@ class Run:
         small += ["DATA.TEST_CROP", "32", "DATA.NUM_FRAMES", "4", "DATA.NUM_WORKERS", "1", "NUM_THREADS", "1"]
         train = ["TRAIN.BATCH_SIZE", "4", "TRAIN.EPOCHS", "8", "TRAIN.LOG_PERIOD", "2", "TRAIN.CHECKPOINT_STEPS", "3"]
         train += ["TRAIN.CHECKPOINT_PERIOD", "3", "TRAIN.RESUME", "auto", "TRAIN.MIXUP", "0.2", "MODEL.DROPOUT", "0.5"]
-        train += ["TRAIN.EMA_DECAY", "0.9"]
+        train += ["TRAIN.EMA_DECAY", "0.9", "TRAIN.PRECISE_NORM_BATCHES", "2"]
         train += ["TRAIN.VAL_PERIOD", "4", "TEST.ENABLE", "False", "SOLVER.WARMUP_EPOCHS", "1", "DEVICE", "cpu"]
         cfg = ["--cfg", str(ROOT / "configs/motion/oct_i3d_tiny.yaml"), "OUTPUT_DIR", str(out)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

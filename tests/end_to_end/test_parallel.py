@@ -12,7 +12,18 @@ from octvideo.engine import checkpoint
 from .runs import Run
 
 # What differs between processes by design is off: statistics of a process's own share, dropout.
-SAME = ["TRAIN.FREEZE_NORM_STATS", "True", "MODEL.DROPOUT", "0.0", "TRAIN.MIXUP", "0.0", "TRAIN.LOG_PERIOD", "1"]
+SAME = [
+    "TRAIN.PRECISE_NORM_BATCHES",
+    "0",
+    "TRAIN.FREEZE_NORM_STATS",
+    "True",
+    "MODEL.DROPOUT",
+    "0.0",
+    "TRAIN.MIXUP",
+    "0.0",
+    "TRAIN.LOG_PERIOD",
+    "1",
+]
 SHORT = ["TRAIN.EPOCHS", "3", "SOLVER.BASE_LR", "0.02"]
 
 

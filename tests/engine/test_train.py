@@ -173,10 +173,15 @@ def run(
     meter: Meter | None = None,
     nonfinite: int = 0,
     after_step=lambda: None,
+    after_epoch=lambda values: None,
 ) -> tuple[list[dict], list[float]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     ended, rates = [], []
+
+    def note(values: dict[str, float]) -> None:
+        ended.append({"epoch": progress.epoch, "step": progress.step, **values})
+        after_epoch(values)
 
     def lr_at(epoch: float) -> float:
         rates.append(epoch)
@@ -203,7 +208,7 @@ def run(
         log=log,
         log_period=1,
         after_step=after_step,
-        after_epoch=lambda values: ended.append({"epoch": progress.epoch, "step": progress.step, **values}),
+        after_epoch=note,
     )
     return ended, rates
 
@@ -355,11 +360,27 @@ def test_fit_goes_on_in_mid_epoch_with_its_sums(tmp_path) -> None:
     assert again.loss.count == 12 and whole[0]["loss"] > 0
 
 
+def test_stopped_behind_an_epoch_its_end_comes_again(tmp_path) -> None:
+    """Validation was interrupted: progress is that of the last step, and going on takes no step but ends the epoch."""
+    progress = Progress()
+
+    def stop(values: dict) -> None:
+        assert (progress.epoch, progress.step_in_epoch) == (1, 0)
+        raise Stopped(signal.SIGTERM, progress.step)
+
+    with pytest.raises(Stopped):
+        run(Loader(batch(), batch()), progress, tmp_path, epochs=2, after_epoch=stop)
+    assert (progress.epoch, progress.step, progress.step_in_epoch) == (0, 2, 2)
+    ended, rates = run(Loader(batch(), batch()), progress, tmp_path, epochs=1)
+    assert [(e["epoch"], e["step"]) for e in ended] == [(1, 2)] and rates == [0.0]  # the epoch's own, no step's
+
+
 def test_a_stop_request_notes_the_first_signal_and_leaves_the_second_to_the_system() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest() as stop:
-        assert stop.agreed(CPU) == 0
+        stop.check(CPU, 3)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.agreed(CPU) == signal.SIGUSR1
+        with pytest.raises(Stopped, match="stopped by SIGUSR1 at step 4"):
+            stop.check(CPU, 4)
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGUSR1) == before

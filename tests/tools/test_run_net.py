@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from octvideo import build
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine import checkpoint
 from octvideo.engine.metrics import topk_correct
@@ -131,6 +133,44 @@ def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
     assert "going on after epoch 1 (step 2)" in said
     expected = weights(out)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_a_signal_in_a_validation_stops_it_and_it_comes_again(
+    videos: Path, trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, out = build.evaluate, tmp_path / "run"
+
+    def signalled(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "evaluate", signalled)
+        said, error = run(arguments(videos, out, "TEST.ENABLE", "False"), status=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM at step 2; saved there" in error and "val top-1" not in said
+    assert not events(out, "val") and checkpoint.latest(out)[1]["step_in_epoch"] == 2
+    said = run(arguments(videos, out, "TRAIN.RESUME", "auto", "TEST.ENABLE", "False"))[0]
+    assert "going on after epoch 0 and 2 steps of the next (step 2)" in said
+    expected = weights(trained[0])
+    assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
+    for kind in ("train", "epoch", "val"):
+        here, there = ([(e["step"], e.get("loss"), e.get("top1")) for e in events(o, kind)] for o in (out, trained[0]))
+        assert here == there and len(here) == 2
+
+
+def test_precise_statistics_are_those_of_the_training_clips_at_the_weights_of_now(videos: Path, tmp_path: Path) -> None:
+    """The stem's norm reads what its convolution makes of the normalized clips: mean and variance by hand."""
+    out, more = tmp_path / "out", ["TRAIN.PRECISE_NORM_BATCHES", "2", "TEST.ENABLE", "False"]
+    run(arguments(videos, out, *more))
+    state = checkpoint.latest(out)[1]["model"]
+    cfg = build.load_config(arguments(videos, out)[1], arguments(videos, out)[2:])
+    samples = build.train_samples(cfg, build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=True))
+    clips = build.prepare_clips(cfg)(torch.cat([samples[0, index].clips for index in range(8)]))
+    model = build.network(cfg)
+    model.load_state_dict(state)
+    read = model.stem.conv(clips).double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(state["stem.bn.running_mean"].double(), read.mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(state["stem.bn.running_var"].double(), read.var(1), rtol=1e-4, atol=1e-6)
 
 
 def test_going_back_in_a_folder_with_later_checkpoints_is_refused(videos: Path, trained: tuple[Path, str]) -> None:
