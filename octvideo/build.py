@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,7 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
     problems = []
     try:
         spec = network_spec(cfg)
-        with torch.device("meta"):
-            create(spec)  # some splits of channels no layer can have: a ResNeXt's groups do not divide each alpha's
+        _structure(spec)  # some splits of channels no layer can have: a ResNeXt's groups do not divide each alpha's
     except ValueError as error:
         return [f"{cfg.MODEL.NAME}: {error}"]
     for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
@@ -121,9 +120,14 @@ def network(cfg: CfgNode) -> nn.Module:
 
 def cost(cfg: CfgNode, crop: int) -> Complexity:
     """What the network costs for one clip of this crop."""
+    return complexity(_structure(network_spec(cfg)), clip_size(cfg, crop))
+
+
+@lru_cache(maxsize=4)  # a deep one takes a second, and is asked for by the check, the count and the report
+def _structure(spec: Spec) -> nn.Module:
+    """The network without weights."""
     with torch.device("meta"):
-        model = create(network_spec(cfg))
-    return complexity(model, clip_size(cfg, crop))
+        return create(spec)
 
 
 def clip_size(cfg: CfgNode, crop: int) -> tuple[int, ...]:

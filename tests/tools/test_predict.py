@@ -97,6 +97,8 @@ def test_scores_are_those_of_a_test(videos: Path, trained: Path, tmp_path: Path)
         build.eval_loader(cfg, listed, World(), cpu, num_clips=3, num_crops=3),
         torch.from_numpy(listed.labels),
         num_classes=3,
+        num_clips=3,
+        num_crops=3,
         prepare=build.prepare_clips(cfg),
         clips_per_forward=4,
         device=cpu,
