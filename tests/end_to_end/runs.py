@@ -44,6 +44,15 @@ class Run:
         path = self.out / "metrics.jsonl"
         return path.read_text().count('"event": "train"') * 2 if path.exists() else 0
 
+    def killed_in_mid_save(self) -> bool:
+        """Started, and killed as soon as a checkpoint is being written; was it still unfinished then?"""
+        process = self.start()
+        while not any(self.out.glob(".checkpoint_*.tmp")) and process.poll() is None:
+            time.sleep(0.0002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        return any(self.out.glob(".checkpoint_*.tmp"))
+
     def signalled(self, number: int, at: int, delay: float = 0.0) -> tuple[int, str, float]:
         """Started, and signalled when the history has `at` steps, and `delay` seconds later: status, output, seconds."""
         process = self.start()

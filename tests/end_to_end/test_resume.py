@@ -62,6 +62,14 @@ def test_killed_twice_in_mid_epoch(data: Path, unharmed: Path, tmp_path: Path) -
     check_same(unharmed, tmp_path / "run")
 
 
+def test_killed_in_mid_save(data: Path, unharmed: Path, tmp_path: Path) -> None:
+    run = Run(data, tmp_path / "run")
+    assert any(run.killed_in_mid_save() for _ in range(4)), "no kill met a save"
+    run.finish()
+    check_same(unharmed, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".checkpoint_*"))  # what the kill left is gone
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_killed_at_many_moments(data: Path, unharmed: Path, tmp_path: Path, seed: int) -> None:
