@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 360, 220  # of a chart, in its own units: about the width of a p
 LEFT, RIGHT, TOP, BOTTOM = 44, 350, 12, 190  # of the part that lines are drawn in
 STRETCHES = 200  # that a line of more than twice as many values is thinned to, so that a long run makes no long page
 DOTTED = 30  # a line of at most so many values shows each of them
+LARGEST = 1e300  # a value beyond it, such as a damaged line may hold, is drawn no more than an infinite one
 Place = tuple[float, float]
 
 
@@ -101,7 +102,7 @@ def _chart(plan: Plan, events: Sequence[Mapping[str, Any]], span: tuple[float, f
     found, absent, not_finite = [], [], 0
     for name, kind, key in plan.lines:
         x, y = _values(events, kind, key)
-        finite = np.isfinite(y)
+        finite = np.abs(y) < LARGEST  # NaN is not
         not_finite += int((~finite).sum())
         if finite.any():
             found.append((name, kind, x[finite], y[finite] * plan.factor))
@@ -140,14 +141,14 @@ def _line(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
 
 
 def _epoch(event: Mapping[str, Any]) -> float | None:
     """Where the event stands, in epochs done; what was averaged over an epoch stands in its middle, or it would seem to
     lag behind the values that it is the mean of."""
     epoch: Any = event.get("epoch")
-    if not _is_number(epoch) or not math.isfinite(epoch):
+    if not _is_number(epoch) or not abs(epoch) < LARGEST:
         return None
     return epoch - 0.5 if event.get("event") == "epoch" else epoch
 
@@ -178,7 +179,7 @@ def thin(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], 
 
 def ticks(low: float, high: float) -> list[float]:
     """Four to eight round numbers, in steps of 1, 2 or 5 times a power of ten, from low or below to high or above."""
-    if high <= low:
+    if high - low < 1 / LARGEST:
         high = low + 1
     rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -23,7 +23,6 @@ from octvideo.analysis import curves
 
 FOLDER = Path(__file__).parent
 LABELLED = 40  # most classes whose confusion matrix is a table with names; above, it is a picture
-PAIRS = 15  # most confused pairs that are listed
 FRAMES, FRAME_SIDE = 8, 160  # of a video: most frames shown, and pixels of their longer side
 # Colours of the picture of the matrix from no video to all, in the light and the dark page (report.css).
 SHADES = {
@@ -34,41 +33,38 @@ SHADES = {
 
 @dataclass(frozen=True)
 class WorstVideo:
-    """A video that got a wrong class. label, predicted: numbers of classes; probability of the predicted one;
-    frames: uint8 [T, H, W, 3], RGB, in the order of time; T may be 0."""
+    """A video that got a wrong class. label, predicted: numbers of classes; probability of the predicted one, 0 to 1;
+    frames: uint8 [T, H, W, 3], RGB, in the order of time; T may be 0, and `note` says why."""
 
     path: str
     label: int
     predicted: int
     probability: float
     frames: NDArray[np.uint8]
+    note: str = ""
 
 
-@dataclass(frozen=True)
-class ClassRow:
-    """What became of the videos of class `number`. accuracy: right / videos, None without videos."""
+class ClassRow(Protocol):
+    """What became of the videos of class `label`; octvideo.engine.metrics.ClassRow is one.
 
-    number: int
-    name: str
-    videos: int
-    right: int
-    failed: int
-    taken_for: str
-    taken: int
+    accuracy: percent of `videos`, those that were not scored included; NaN without videos. confused_with: the class that
+    `confused_videos` of them, the most, were taken for; unread where those are 0.
+    """
 
     @property
-    def accuracy(self) -> float | None:
-        return self.right / self.videos if self.videos else None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """`count` videos of class `label`, a share of its videos, taken for class `predicted`."""
-
-    label: str
-    predicted: str
-    count: int
-    share: float
+    def label(self) -> int: ...
+    @property
+    def videos(self) -> int: ...
+    @property
+    def scored(self) -> int: ...
+    @property
+    def correct(self) -> int: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def confused_with(self) -> int: ...
+    @property
+    def confused_videos(self) -> int: ...
 
 
 def report_html(
@@ -79,22 +75,29 @@ def report_html(
     events: Sequence[Mapping[str, Any]],
     classes: Sequence[str],
     confusion: NDArray[np.integer],
+    rows: Sequence[ClassRow],
+    pairs: Sequence[tuple[int, int, int]],
     bins: NDArray[np.floating],
+    calibration_error: float | None,
     failed: Sequence[tuple[str, str]],
     worst: Sequence[WorstVideo],
+    history: str = "",
 ) -> str:
     """The page as text, to be written as UTF-8.
 
     headline: the few results shown large, such as {"top-1": "73.2 %"}. facts: what else was measured and how: name ->
     value. events: the parsed lines of metrics.jsonl (may be empty). classes: K names in the order of labels.
     confusion: integers [K, K + 1], videos by label and prediction, those that were not scored in the last column; they
-    count as wrong. bins: [B, 3] mean confidence, accuracy (both 0 to 1, unread in an empty bin) and number of videos
-    for B bins of equal width over the confidence 0 to 1. failed: path and reason of each video that was not scored.
-    worst: shown with the most confident first.
+    count as wrong. rows: one for each class, in any order. pairs: (label, class it was taken for, videos), shown in this
+    order. bins: [B, 3] mean confidence, accuracy (both 0 to 1, unread in an empty bin) and number of videos
+    for B bins of equal width over the confidence 0 to 1. calibration_error: what they come to, in percent; None where no
+    video is in them. failed: path and reason of each video that was not scored. worst: shown with the most confident
+    first. history: a sentence on where the events are from, or why there are none.
     Everything is escaped; nothing of it can run or load anything. Raises ValueError for values that do not agree.
     """
     confusion, bins = np.asarray(confusion), np.asarray(bins, dtype=float)
     _check(classes, confusion, bins, failed, worst)
+    _check_tables(confusion, rows, pairs, bins, calibration_error)
     charts = curves.curves(events)
     many = len(classes) > LABELLED
     script = (FOLDER / "report.js").read_text(encoding="utf-8")
@@ -105,6 +108,7 @@ def report_html(
         charts=[chart for chart in charts if chart.lines],
         without=[chart for chart in charts if not chart.lines],
         events=len(events),
+        history=history,
         geometry=curves,
         classes=classes,
         videos=int(confusion.sum()),
@@ -113,10 +117,11 @@ def report_html(
         pictures={name: _picture(confusion, shades) for name, shades in SHADES.items()} if many else None,
         cells=_cells(confusion) if many else None,
         shades={name: ", ".join(f"rgb{shade}" for shade in shades) for name, shades in SHADES.items()},
-        pairs=pairs(classes, confusion),
-        rows=class_rows(classes, confusion),
+        confusion=confusion,
+        pairs=pairs,
+        rows=sorted(rows, key=lambda row: (not row.videos, row.accuracy)),
         bins=[_bin(number, len(bins), *values) for number, values in enumerate(bins.tolist())],
-        calibration_error=calibration_error(bins),
+        calibration_error=calibration_error,
         failed=failed,
         worst=[(video, _frames(video.frames)) for video in sorted(worst, key=lambda video: -video.probability)],
         style=(FOLDER / "report.css").read_text(encoding="utf-8"),
@@ -153,6 +158,24 @@ def _check(
         _check_worst(video, k)
 
 
+def _check_tables(
+    confusion: NDArray[Any],
+    rows: Sequence[ClassRow],
+    pairs: Sequence[tuple[int, int, int]],
+    bins: NDArray[Any],
+    calibration_error: float | None,
+) -> None:
+    """What was counted elsewhere, against the matrix that stands beside it."""
+    k, videos = len(confusion), confusion.sum(axis=1).tolist()
+    if sorted((row.label, row.videos) for row in rows) != list(enumerate(videos)):
+        raise ValueError(f"rows must be one for each of the classes 0..{k - 1}, with its number of videos in confusion")
+    for label, other, count in pairs:
+        if not (0 <= label < k and 0 <= other < k) or label == other or count != confusion[label, other]:
+            raise ValueError(f"pairs hold {(label, other, count)}, which is no cell of confusion beside its diagonal")
+    if (calibration_error is None) != (not bins[:, 2].any()):
+        raise ValueError(f"calibration_error is {calibration_error}; it must be None if and only if bins are empty")
+
+
 def _check_worst(video: WorstVideo, k: int) -> None:
     if not (0 <= video.label < k and 0 <= video.predicted < k) or video.label == video.predicted:
         raise ValueError(
@@ -164,36 +187,6 @@ def _check_worst(video: WorstVideo, k: int) -> None:
         raise ValueError(
             f"{video.path}: frames are {video.frames.dtype} {list(video.frames.shape)}; they must be uint8 [T, H, W, 3]"
         )
-
-
-def class_rows(classes: Sequence[str], confusion: NDArray[np.integer]) -> list[ClassRow]:
-    """The classes of confusion [K, K + 1], the least accurate first, those without videos last."""
-    rows = []
-    for number, name in enumerate(classes):
-        counts = confusion[number, :-1]
-        wrong = np.where(np.arange(len(classes)) == number, 0, counts)
-        taken = int(wrong.max())
-        taken_for = classes[int(wrong.argmax())] if taken else ""
-        videos, failed = int(confusion[number].sum()), int(confusion[number, -1])
-        rows.append(ClassRow(number, name, videos, int(counts[number]), failed, taken_for, taken))
-    return sorted(rows, key=lambda row: (row.accuracy is None, row.accuracy))
-
-
-def pairs(classes: Sequence[str], confusion: NDArray[np.integer], most: int = PAIRS) -> list[Pair]:
-    """The most frequent confusions of [K, K + 1] by number of videos, then by their share of the label's videos."""
-    wrong = confusion[:, :-1] * (1 - np.eye(len(classes), dtype=confusion.dtype))
-    shares = _shares(confusion)
-    cells = sorted(
-        zip(*(axis.tolist() for axis in np.nonzero(wrong)), strict=True),
-        key=lambda cell: (-int(wrong[cell]), -float(shares[cell])),
-    )
-    return [Pair(classes[i], classes[j], int(wrong[i, j]), float(shares[i, j])) for i, j in cells[:most]]
-
-
-def calibration_error(bins: NDArray[np.floating]) -> float | None:
-    """Expected calibration error of bins [B, 3]: |accuracy - confidence|, 0 to 1, averaged over videos; None without."""
-    full = bins[bins[:, 2] > 0]
-    return float(np.average(np.abs(full[:, 1] - full[:, 0]), weights=full[:, 2])) if len(full) else None
 
 
 def _shares(confusion: NDArray[np.integer]) -> NDArray[np.floating]:
@@ -245,15 +238,22 @@ def _bin(number: int, bins: int, confidence: float, accuracy: float, count: floa
     }
 
 
+def spread(num_frames: int) -> list[int]:
+    """The frames of a video to show: at most FRAMES, evenly spread from the first to the last."""
+    return np.linspace(0, num_frames - 1, min(num_frames, FRAMES)).round().astype(int).tolist()
+
+
+def thumbnail(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB uint8 [H, W, 3] as it is shown: its longer side at most FRAME_SIDE, so that few bytes wait for the page."""
+    image = Image.fromarray(np.ascontiguousarray(frame), "RGB")
+    image.thumbnail((FRAME_SIDE, FRAME_SIDE))
+    return np.asarray(image)
+
+
 def _frames(frames: NDArray[np.uint8]) -> list[str]:
-    """Of [T, H, W, 3] at most FRAMES, evenly spread from the first to the last, as small pictures."""
-    chosen = np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int)
-    pictures = []
-    for frame in frames[chosen]:
-        image = Image.fromarray(np.ascontiguousarray(frame), "RGB")
-        image.thumbnail((FRAME_SIDE, FRAME_SIDE))
-        pictures.append(_data_uri(image, "JPEG", quality=85))
-    return pictures
+    """Those of [T, H, W, 3] that are shown."""
+    chosen = (Image.fromarray(thumbnail(frames[number]), "RGB") for number in spread(len(frames)))
+    return [_data_uri(image, "JPEG", quality=85) for image in chosen]
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:

@@ -84,21 +84,29 @@ def most_confused(table: Tensor, count: int) -> list[tuple[int, int, int]]:
     return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, scored: Tensor, bins: int = 15) -> float:
-    """Expected calibration error, in percent (Guo et al., arXiv 1706.04599, equation 3), of the scored videos.
+def calibration_bins(probabilities: Tensor, labels: Tensor, scored: Tensor, bins: int = 15) -> Tensor:
+    """float64 [B, 3]: mean confidence and accuracy, 0 to 1 and NaN in an empty bin, and number of the scored videos.
 
-    sum over b of |B_b| / M * |accuracy(B_b) - confidence(B_b)|, where bin b of `bins` holds the videos whose confidence,
-    the largest of their K probabilities, is in ((b - 1) / bins, b / bins]. NaN where no video is scored: one that is
-    not has no confidence.
+    Bin b of `bins`, b from 1, holds those whose confidence, the largest of their K probabilities, is in
+    ((b - 1) / bins, b / bins]. A video that is not scored has no confidence.
     """
     probabilities, labels = probabilities[scored].double(), labels[scored]
-    if not len(labels):
-        return float("nan")
     confidence = probabilities.max(dim=1).values
     correct = topk_correct(probabilities, labels, 1).double()
     which = torch.bucketize(confidence, torch.arange(1, bins, dtype=torch.float64) / bins)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct - confidence)
-    return 100.0 * float(gaps.abs().sum()) / len(labels)
+    table = torch.zeros(bins, 3, dtype=torch.float64)
+    table.index_add_(0, which, torch.stack([confidence, correct, torch.ones_like(correct)], dim=1))
+    table[:, :2] /= table[:, 2:]
+    return table
+
+
+def calibration_error(table: Tensor) -> float:
+    """Expected calibration error, in percent (Guo et al., arXiv 1706.04599, equation 3); `calibration_bins`' [B, 3].
+
+    |accuracy - confidence| of each bin, averaged over videos. NaN where no video is scored.
+    """
+    confidence, accuracy, videos = table[table[:, 2] > 0].unbind(dim=1)
+    return 100.0 * float(((accuracy - confidence).abs() * videos).sum() / videos.sum())
 
 
 def _percent(part: int, whole: int) -> float:

@@ -21,11 +21,13 @@ from torch import Tensor
 from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.metrics import (
     ClassRow,
+    calibration_bins,
     calibration_error,
     class_rows,
     confusion,
     mean_class_accuracy,
     most_confused,
+    predicted,
     top_percent,
 )
 from octvideo.engine.scores import Averaged, ViewScores
@@ -55,10 +57,20 @@ class Results:
         return confusion(self.averaged.probabilities, self.labels, self.averaged.scored)
 
     @cached_property
+    def class_rows(self) -> list[ClassRow]:
+        """In the order of the labels."""
+        return class_rows(self.confusion)
+
+    @cached_property
+    def calibration_bins(self) -> Tensor:
+        """[B, 3], see metrics.calibration_bins."""
+        return calibration_bins(self.averaged.probabilities, self.labels, self.averaged.scored)
+
+    @cached_property
     def metrics(self) -> dict[str, Any]:
         """Percentages of LISTED videos, one that failed counting as wrong; only the calibration error leaves those out."""
         scores, scored, _ = self.averaged
-        error = calibration_error(scores, self.labels, scored)
+        error = calibration_error(self.calibration_bins)
         return {
             "top1": top_percent(scores, self.labels, scored, 1),
             "top5": top_percent(scores, self.labels, scored, 5),
@@ -68,6 +80,15 @@ class Results:
             "videos_listed": len(self.labels),
             "videos_incomplete": self.averaged.incomplete,
         }
+
+    def worst(self, count: int) -> list[tuple[int, int, float]]:
+        """(video, class it was taken for, probability of that) of at most `count` wrong scored ones, the surest first."""
+        scores, scored, _ = self.averaged
+        taken = predicted(scores, self.labels)
+        wrong = (scored & (taken != self.labels)).nonzero().flatten()
+        confidence = scores[wrong, taken[wrong]]
+        order = confidence.argsort(descending=True, stable=True)[:count]
+        return list(zip(wrong[order].tolist(), taken[wrong[order]].tolist(), confidence[order].tolist(), strict=True))
 
     def write(self, folder: Path) -> None:
         """test.json comes last: where it is, the others are too."""
@@ -90,7 +111,7 @@ class Results:
         tables = [_table(headers, [[*shares, error, scored, self.facts["views"], self.facts["average"]]])]
         if m["videos_incomplete"]:
             tables.append(f"{m['videos_incomplete']} videos lack some of their views and are averaged over the others")
-        worst = sorted((row for row in class_rows(self.confusion) if row.accuracy < 100), key=lambda row: row.accuracy)
+        worst = sorted((row for row in self.class_rows if row.accuracy < 100), key=lambda row: row.accuracy)
         if worst:
             rows = [self._cells(row) for row in worst[:SHOWN]]
             tables.append(_table(["lowest accuracy", "videos", "correct", "%", "most often taken for"], rows))
@@ -120,7 +141,7 @@ class Results:
                     f"{row.accuracy:.4f}" if row.videos else "",
                     *((self.name(row.confused_with), row.confused_videos) if row.confused_videos else ("", 0)),
                 ]
-                for row in class_rows(self.confusion)
+                for row in self.class_rows
             ),
         )
 

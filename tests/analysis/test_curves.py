@@ -53,11 +53,14 @@ def test_values_that_are_no_numbers_are_not_drawn_and_those_not_finite_are_count
     assert (len(drawn.lines[0].points), drawn.not_finite, drawn.lines[0].last) == (1, 2, 2.0)
     drawn = chart([train(epoch, loss=1.0) for epoch in (math.nan, "1", None, True, 3)], "Loss")
     assert len(drawn.lines[0].points) == 1
+    drawn = chart([train(number, loss=value) for number, value in enumerate((1e308, 10**400, -1e308, 4))], "Loss")
+    assert (len(drawn.lines[0].points), drawn.not_finite) == (1, 2)
+    assert not chart([train(10**400, loss=1.0)], "Loss").lines
     only = chart([train(1, loss=math.nan)], "Loss")
     assert (only.lines, only.not_finite, only.absent) == ([], 1, ["train loss", "epoch loss"])
 
 
-@pytest.mark.parametrize("value", [0.0, -2.0, 1e-9, 1e12])
+@pytest.mark.parametrize("value", [0.0, -2.0, 1e-9, 1e12, 5e-324, 9e299])
 def test_a_single_value_of_any_size_lies_on_the_chart(value: float) -> None:
     (x, y), *_ = chart([train(0, lr=value)], "Learning rate").lines[0].points
     assert x == LEFT and TOP <= y <= BOTTOM

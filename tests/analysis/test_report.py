@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from octvideo.analysis.report import SHADES, WorstVideo, calibration_error, class_rows, pairs, report_html
+from octvideo.analysis.report import SHADES, WorstVideo, report_html, spread, thumbnail
+from octvideo.engine.metrics import calibration_error, class_rows, most_confused
 
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
 HOSTILE = ["<script>alert(1)</script>", "\" onload=\"alert(2)' x='", "قفز & {{ 7 * 7 }}", "🏄‍♀️ surfing"]
@@ -78,7 +80,7 @@ def worst(label: int = 0, predicted: int = 1, probability: float = 0.9, path: st
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """A small report; `changes` replace arguments."""
+    """A small report; `changes` replace arguments. What follows from confusion and bins is computed as a test does it."""
     given: dict[str, Any] = {
         "title": "a run",
         "headline": {"top-1": "53.3 %"},
@@ -90,7 +92,15 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "failed": [("bad.mp4", "moov atom not found")],
         "worst": [worst()],
     }
-    return {**given, **changes}
+    return {**counted(**{**given, **changes}), **changes}
+
+
+def counted(**given: Any) -> dict[str, Any]:
+    """Arguments with the rows, pairs and calibration error of their confusion and bins."""
+    table = torch.from_numpy(np.asarray(given["confusion"], np.int64))
+    error = calibration_error(torch.from_numpy(given["bins"].astype(float)))
+    given["rows"] = class_rows(table)
+    return {**given, "pairs": most_confused(table, 15), "calibration_error": None if np.isnan(error) else error}
 
 
 def page(**changes: Any) -> Page:
@@ -156,11 +166,10 @@ def test_names_from_outside_are_text(many: bool) -> None:
     given["confusion"][0, 1], given["confusion"][2, 3] = 70, 60
     given["failed"] = [(HOSTILE[number % 4], HOSTILE[1]) for number in range(given["confusion"][:, -1].sum())]
     given["worst"] = [worst(number, (number + 1) % 4, path=HOSTILE[number]) for number in range(4)]
-    read = Page(
-        report_html(
-            **{**given, "title": HOSTILE[1], "facts": {HOSTILE[0]: HOSTILE[2]}, "headline": {HOSTILE[3]: HOSTILE[0]}}
-        )
-    )
+    given["worst"][0] = dataclasses.replace(worst(path=HOSTILE[0], t=0), note=HOSTILE[1] + "!")
+    given |= {"facts": {HOSTILE[0]: HOSTILE[2]}, "headline": {HOSTILE[3]: HOSTILE[0]}, "history": HOSTILE[0] + "?"}
+    read = Page(report_html(**counted(**{**given, "title": HOSTILE[1]})))
+    assert HOSTILE[1] + "!" in read.text and HOSTILE[0] + "?" in read.text
     assert len(read.all("script")) == 1
     assert set(HOSTILE) <= {row[0] for row in read.tables["classes sortable"]}
     assert len(read.tables["classes sortable"]) == k + 1
@@ -208,28 +217,6 @@ def test_the_numbers_of_the_tables() -> None:
     assert bars == [("right", "40.00"), ("lost", "20.00"), ("right", "60.00"), ("lost", "0.00")]
 
 
-def test_reductions_agree_with_loops_over_videos() -> None:
-    generator = np.random.default_rng(1)
-    labels, predicted = generator.integers(0, 5, 300), generator.integers(0, 6, 300)  # 5: not scored
-    confusion, names = np.zeros((5, 6), int), list("abcde")
-    np.add.at(confusion, (labels, predicted), 1)
-    for row in class_rows(names, confusion):
-        of_class = predicted[labels == row.number]
-        assert row.accuracy == pytest.approx(np.mean(of_class == row.number))
-        assert (row.videos, row.failed) == (len(of_class), np.sum(of_class == 5))
-        others = {k: int(np.sum(of_class == k)) for k in range(5) if k != row.number}
-        assert others[names.index(row.taken_for)] == row.taken == max(others.values())
-    found = pairs(names, confusion, most=100)
-    assert sum(pair.count for pair in found) == np.sum((predicted != labels) & (predicted != 5))
-    assert [pair.count for pair in found] == sorted((pair.count for pair in found), reverse=True)
-    assert len(pairs(names, confusion, most=7)) == 7
-    for pair in found:
-        i, j = names.index(pair.label), names.index(pair.predicted)
-        assert i != j and pair.share == pytest.approx(np.mean(predicted[labels == i] == j))
-    assert calibration_error(np.array([[0.2, 0.1, 1], [0.8, 0.5, 3]])) == pytest.approx((0.1 + 3 * 0.3) / 4)
-    assert calibration_error(np.zeros((15, 3))) is None
-
-
 def test_the_most_confident_error_comes_first_with_its_frames() -> None:
     generator = np.random.default_rng(0)
     frames = np.repeat(generator.integers(0, 256, (20, 1, 1, 3), dtype=np.uint8), 400, axis=1).repeat(300, axis=2)
@@ -239,6 +226,8 @@ def test_the_most_confident_error_comes_first_with_its_frames() -> None:
     ]
     read = page(worst=videos)
     assert read.text.index("sure.mp4") < read.text.index("less.mp4") and "No frames of it were given." in read.text
+    gone = dataclasses.replace(videos[0], note="it is gone")
+    assert "No frames: it is gone" in page(worst=[gone]).text and "were given" not in page(worst=[gone]).text
     assert "c 91.3 %" in read.text and "label: b" in read.text
     pictures = [image["src"] for image in read.all("img")]
     assert len(pictures) == 8
@@ -246,6 +235,14 @@ def test_the_most_confident_error_comes_first_with_its_frames() -> None:
         shown = Image.open(io.BytesIO(base64.b64decode(picture.removeprefix("data:image/jpeg;base64,"))))
         assert shown.size == (120, 160)
         np.testing.assert_allclose(np.asarray(shown, int), np.broadcast_to(frames[t, 0, 0], (160, 120, 3)), atol=4)
+
+
+def test_few_and_small_frames() -> None:
+    assert [spread(count) for count in (1, 2, 8)] == [[0], [0, 1], list(range(8))]
+    assert spread(9) == [0, 1, 2, 3, 5, 6, 7, 8] and spread(1000)[-1] == 999 and len(spread(1000)) == 8
+    assert thumbnail(np.zeros((90, 320, 3), np.uint8)).shape == (45, 160, 3)
+    frame = np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8)
+    assert np.array_equal(thumbnail(frame), frame)  # none is enlarged
 
 
 def test_a_large_matrix_is_a_picture_whose_pixels_are_the_shares() -> None:
@@ -286,6 +283,8 @@ def test_what_is_not_there_is_said() -> None:
         bins=np.zeros((15, 3)),
     )
     assert not read.all("svg") and not read.all("img")
+    assert "No history: none was kept." in page(events=[], history="none was kept.").text
+    assert "From a.jsonl; 1 line is none." in page(history="From a.jsonl; 1 line is none.").text
     for sentence in (
         "No history: there are no events",
         "No scored video is taken for another class.",
@@ -315,6 +314,13 @@ def test_what_is_not_there_is_said() -> None:
         ({"bins": np.array([[40.0, 0.5, 4]])}, "from 0 to 1"),
         ({"bins": np.array([[np.nan, 0.5, 4]])}, "from 0 to 1"),
         ({"bins": np.array([[0.4, 0.5, 1.5]])}, "counts of videos"),
+        ({"rows": class_rows(torch.from_numpy(CONFUSION))[:2]}, "rows must be one for each of the classes 0..2"),
+        ({"rows": class_rows(torch.from_numpy(CONFUSION * 2))}, "with its number of videos in confusion"),
+        ({"pairs": [(0, 1, 3), (1, 2, 3)]}, r"pairs hold \(1, 2, 3\), which is no cell of confusion"),
+        ({"pairs": [(0, 3, 0)]}, r"pairs hold \(0, 3, 0\)"),
+        ({"pairs": [(1, 1, 2)]}, r"pairs hold \(1, 1, 2\)"),
+        ({"calibration_error": None}, "calibration_error is None; it must be None if and only if bins are empty"),
+        ({"bins": np.zeros((15, 3)), "calibration_error": 0.0}, "calibration_error is 0.0"),
         ({"worst": [worst(label=3)]}, "x.mp4: label 3, predicted 1; they must be two numbers of 0..2"),
         ({"worst": [worst(label=1)]}, "label 1, predicted 1"),
         ({"worst": [worst(probability=97.0)]}, "x.mp4: probability 97.0; it must be from 0 to 1"),
@@ -327,7 +333,7 @@ def test_what_is_not_there_is_said() -> None:
 )
 def test_values_that_do_not_agree(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        report_html(**arguments(**changes))
+        report_html(**{**arguments(), **changes})
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")

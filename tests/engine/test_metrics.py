@@ -4,6 +4,7 @@ import torch
 
 from octvideo.engine.metrics import (
     Mean,
+    calibration_bins,
     calibration_error,
     class_rows,
     confusion,
@@ -72,6 +73,8 @@ def test_confusion_and_what_follows_from_it_against_counting() -> None:
             assert (row.confused_with, row.confused_videos) == (others.argmax(), others.max())
     pairs = sorted((-expected[a, b], a, b) for a in range(7) for b in range(7) if a != b)[:6]
     assert most_confused(table, 6) == [(a, b, -videos) for videos, a, b in pairs]
+    wrong = (probabilities.argmax(1) != labels) & scored
+    assert sum(videos for _, _, videos in most_confused(table, 100)) == wrong.sum()
 
 
 def test_no_pair_is_confused_where_all_are_right() -> None:
@@ -88,22 +91,43 @@ def test_a_tie_is_wrong_in_the_confusion_matrix_as_in_top_1() -> None:
     assert predicted(torch.ones(2, 1), torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
 
 
+def test_rows_and_pairs_by_hand() -> None:
+    """Of 10 videos of 0, 6 are right, 3 taken for 1, 1 for 2; of 5 of 1, 2 are right, 2 taken for 2, 1 failed."""
+    table = torch.tensor([[6, 3, 1, 0], [0, 2, 2, 1], [0, 0, 0, 0]])
+    rows = class_rows(table)
+    assert rows[:2] == [(0, 10, 10, 6, 60.0, 1, 3), (1, 5, 4, 2, 40.0, 2, 2)]
+    assert np.isnan(rows[2].accuracy) and rows[2].videos == 0
+    assert most_confused(table, 9) == [(0, 1, 3), (1, 2, 2), (0, 2, 1)]
+    assert mean_class_accuracy(table) == pytest.approx(50)
+
+
 @pytest.mark.parametrize("bins", [1, 10, 15])
-def test_calibration_error_against_its_definition(bins: int) -> None:
+def test_calibration_against_its_definition(bins: int) -> None:
     probabilities, labels, scored = drawn(400)
     confidence, right = probabilities.max(1)[scored], (probabilities.argmax(1) == labels)[scored]
+    table = calibration_bins(*map(torch.from_numpy, (probabilities, labels, scored)), bins=bins)
+    assert table.shape == (bins, 3) and table.dtype == torch.float64
     expected = 0.0
-    for b in range(1, bins + 1):
+    for b, row in enumerate(table.tolist(), 1):
         inside = ((b - 1) / bins < confidence) & (confidence <= b / bins)
+        assert row[2] == inside.sum()
         if inside.any():
             expected += inside.sum() / scored.sum() * abs(right[inside].mean() - confidence[inside].mean())
-    got = calibration_error(*map(torch.from_numpy, (probabilities, labels, scored)), bins=bins)
+            assert row[:2] == pytest.approx([confidence[inside].mean(), right[inside].mean()], rel=1e-12)
+        else:
+            assert np.isnan(row[:2]).all()
+    got = calibration_error(table)
     assert got == pytest.approx(100 * expected, rel=1e-9) and got > 1
 
 
-def test_calibration_error_by_hand() -> None:
+def test_calibration_by_hand() -> None:
     """Bins of 0.5: 0.5 belongs to the lower one; |0 - 0.5| * 1 / 3 + |1/2 - 0.8| * 2 / 3."""
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.7, 0.2, 0.1], [0.0, 0.0, 0.0]])
     labels, scored = torch.tensor([2, 0, 1, 0]), torch.tensor([True, True, True, False])
-    assert calibration_error(probabilities, labels, scored, bins=2) == pytest.approx(100 * (0.5 + 2 * 0.3) / 3)
-    assert np.isnan(calibration_error(probabilities, labels, torch.zeros(4, dtype=torch.bool)))
+    table = calibration_bins(probabilities, labels, scored, bins=2)
+    np.testing.assert_allclose(table, [[0.5, 0, 1], [0.8, 0.5, 2]], rtol=1e-7)
+    assert calibration_error(table) == pytest.approx(100 * (0.5 + 2 * 0.3) / 3)
+    none = calibration_bins(probabilities, labels, torch.zeros(4, dtype=torch.bool))
+    assert none.shape == (15, 3) and not none[:, 2].any() and np.isnan(calibration_error(none))
+    of_bins = torch.tensor([[0.2, 0.1, 1], [0.8, 0.5, 3], [torch.nan, torch.nan, 0]])
+    assert calibration_error(of_bins) == pytest.approx(100 * (0.1 + 3 * 0.3) / 4)

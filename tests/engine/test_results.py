@@ -80,5 +80,16 @@ def test_the_summary() -> None:
 
 
 def test_all_right_leaves_no_table_of_mistakes() -> None:
-    summary = found(scores([[5, 0, 0], [0, 5, 0]], [0, 1])).summary()
-    assert len(summary.splitlines()) == 3
+    results = found(scores([[5, 0, 0], [0, 5, 0]], [0, 1]))
+    assert len(results.summary().splitlines()) == 3 and results.worst(5) == []
+
+
+def test_the_worst_are_scored_and_wrong_and_sure() -> None:
+    """The first is right, the last has no scores; equal scores are wrong; of equally sure ones the first is first."""
+    logits = [[9.0, 0, 0], [0, 1, 0], [0, 0, 4], [0, 4, 0], [2, 2, 0]]
+    results = found(scores(logits, [0, 2, 0, 2, 1, 1]))
+    expected = [(2, 2), (3, 1), (1, 1), (4, 0)]
+    assert [(video, taken) for video, taken, _ in results.worst(9)] == expected
+    shares = torch.tensor(logits, dtype=torch.float64).softmax(dim=1)
+    assert [share for *_, share in results.worst(9)] == pytest.approx([float(shares[v, k]) for v, k in expected])
+    assert results.worst(2) == results.worst(9)[:2]
