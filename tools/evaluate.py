@@ -2,15 +2,16 @@
 """Test a checkpoint, or scores that an earlier test left.
 
 python tools/evaluate.py --cfg CONFIG --checkpoint FILE [--clips N] [--crops 1|3] [--average softmax|logits]
-        [--out FOLDER] [KEY VALUE ...]
+        [--out FOLDER] [--report FILE.html] [KEY VALUE ...]
     every video of DATA.TEST_LIST (or VAL_LIST) with N clips x 1 or 3 crops (default: TEST.CLIPS and TEST.CROPS, the 10 x 3
     of Kinetics), alone or under torchrun
 python tools/evaluate.py --scores FILE [FILE ...] [--weights W ...] [--clips N] [--crops 1|3] [--average softmax|logits]
-        --out FOLDER
+        --out FOLDER [--report FILE.html]
     the same from the scores.npz of earlier tests, with no network and no videos: fewer views, the other average, and of
     several files the weighted mean of their probabilities
 
 FOLDER (default: OUTPUT_DIR) gets test.json, test_failed.txt, classes.csv, confusion.csv and, with --cfg, scores.npz.
+FILE.html shows them on one page that needs nothing else, with the curves of the training and frames of the worst videos.
 """
 
 from __future__ import annotations
@@ -24,18 +25,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from octvideo import build, launch
+from octvideo.analysis.report import WorstVideo, report_html, spread, thumbnail
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
-from octvideo.data.decode import DecodeError, MissingDecoderError
+from octvideo.data.decode import DecodeError, MissingDecoderError, member_of, open_video
+from octvideo.data.images import read_image
 from octvideo.data.loader import LoaderError
 from octvideo.data.sampling import POLICIES, contained
-from octvideo.engine.checkpoint import CheckpointError
+from octvideo.engine.checkpoint import CheckpointError, write_atomic
 from octvideo.engine.classes import ClassOrderError
 from octvideo.engine.distributed import DistributedError, World
+from octvideo.engine.log import training_history
+from octvideo.engine.metrics import most_confused
 from octvideo.engine.results import Results, results_of, view_facts
 from octvideo.engine.scores import AVERAGES, Averaged, ScoresError, ViewScores, aggregate, combine
 
@@ -47,10 +54,23 @@ class RequestError(ValueError):
 MISTAKES = (RequestError, ConfigError, ListError, MissingDecoderError)
 FAILURES = (DecodeError, LoaderError, CheckpointError, DistributedError, ClassOrderError, ScoresError, OSError)
 KEY = re.compile(r"[A-Z_]+(\.[A-Z_]+)*")
+WORST, PAIRS = 12, 15  # wrong videos, and pairs of classes, on the page
+# Facts in the page's order and words; of a number: how many of the fact's own units its unit is.
+WORDS = {
+    **{key: (key, 1.0, "") for key in ("model", "alpha", "checkpoint")},
+    "epoch": ("epoch of the checkpoint", 1.0, ""),
+    **{key: (key, 1.0, "") for key in ("views", "clips", "crops", "average")},
+    "policy": ("policy of the clips", 1.0, ""),
+    "input": ("size of a view", 1.0, ""),
+    "macs": ("multiply-adds of a view", 1e9, " G"),
+    "params": ("parameters", 1e6, " M"),
+    "clips_per_s": ("speed of the test", 1.0, " clips/s"),
+    "prefix": ("folder of the videos", 1.0, ""),
+}
 
 
-def of_network(options: argparse.Namespace) -> Results | None:
-    """Test the checkpoint; None on all ranks but the main one."""
+def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
+    """Test the checkpoint; and OUTPUT_DIR. The results are None on all ranks but the main one."""
     cfg = build.load_config(options.cfg, [*_flags_as_overrides(options), *options.overrides])
 
     def job(world: World, device: torch.device) -> Results | None:
@@ -58,7 +78,7 @@ def of_network(options: argparse.Namespace) -> Results | None:
             build.use_threads(cfg, world)
         return build.test(cfg, world, device, average=options.average)
 
-    return launch.run(job, cfg.DEVICE)
+    return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR)
 
 
 def _flags_as_overrides(options: argparse.Namespace) -> list[str]:
@@ -147,16 +167,95 @@ def _ensemble(
         for source, weight, own, metrics in zip(sources, weights, facts, alone, strict=True)
     ]
     print(tabulate(rows, ["scores", "weight", "model", "alpha", "views", "top-1 %"], tablefmt="github"), end="\n\n")
+    told = [
+        {"scores": source, "weight": weight, **metrics}
+        for source, weight, metrics in zip(sources, weights, alone, strict=True)
+    ]
     described = {
         "views": sum(own["views"] for own in facts),
         "average": facts[0]["average"],
-        "members": [
-            {"scores": source, "weight": weight, **metrics, **own} | metrics
-            for source, weight, metrics, own in zip(sources, weights, alone, facts, strict=True)
-        ],
+        "members": [{**ours, **own, **ours} for ours, own in zip(told, facts, strict=True)],  # a file overrules nothing
     }
     classes = next((member.classes for member in members if member.classes), [])
     return results_of(replace(members[0], classes=classes), together, described)
+
+
+def page(results: Results, sources: Sequence[Path], folder: Path) -> str:
+    """Results as HTML. sources: the files of scores they are from, if any. folder: where the history may lie too."""
+    m, ensemble = results.metrics, len(sources) > 1
+    networks = results.facts["members"] if ensemble else [results.facts]
+    what = f"an ensemble of {len(sources)} networks" if ensemble else networks[0].get("model", "a network")
+    beside = [Path(str(own["checkpoint"])).parent for own in networks if "checkpoint" in own]
+    events, history = ([], "an ensemble has none of its own.") if ensemble else training_history([*beside, folder])
+    shares = {"top-1": m["top1"], "top-5": m["top5"], "mean class accuracy": m["mean_class_accuracy"]}
+    shares["calibration error"] = m["calibration_error"]
+    size = networks[0].get("input")  # of a view; an image has no T
+    images = isinstance(size, list) and len(size) == 3
+    return report_html(
+        title=f"Test of {what}",
+        headline={
+            **{name: "-" if share is None else f"{share:.2f} %" for name, share in shares.items()},
+            "scored": f"{m['videos_scored']} of {m['videos_listed']}",
+        },
+        facts=_ensemble_facts(results) if ensemble else _facts(results, sources),
+        events=events,
+        classes=[results.name(label) for label in range(len(results.confusion))],
+        confusion=results.confusion.numpy(),
+        rows=results.class_rows,
+        pairs=most_confused(results.confusion, PAIRS),
+        bins=results.calibration_bins.numpy(),
+        calibration_error=m["calibration_error"],
+        failed=[(results.paths[video], reason) for video, reason in results.failed],
+        worst=[_worst(results, *mistake, images=images) for mistake in results.worst(WORST)],
+        history=history,
+    )
+
+
+def _facts(results: Results, sources: Sequence[Path]) -> dict[str, str]:
+    """In words. Those of a file of scores may be anything plain."""
+    facts = {}
+    for key in dict.fromkeys([*WORDS, *results.facts]):
+        value = results.facts.get(key, "-")
+        words, factor, unit = WORDS.get(key, (key, 1.0, ""))
+        if isinstance(value, int | float) and abs(value) < 1e300:  # an integer may be too large for any float
+            facts[words] = f"{value / factor:,.3f}{unit}" if factor > 1 else f"{value:,.6g}{unit}"
+        else:
+            facts[words] = " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+    facts["videos that lack views"] = str(results.metrics["videos_incomplete"])
+    return facts | ({"scores": str(sources[0])} if sources else {})
+
+
+def _ensemble_facts(results: Results) -> dict[str, str]:
+    facts = {"views": str(results.facts["views"]), "average": results.facts["average"]}
+    facts["videos that lack views"] = str(results.metrics["videos_incomplete"])
+    for number, own in enumerate(results.facts["members"], 1):
+        facts[f"network {number}"] = (
+            f"{own.get('model', '-')}, alpha {own.get('alpha', '-')}, {own['views']} views, weight {own['weight']:g}: "
+            f"top-1 {own['top1']:.2f} %, {own['scores']}"
+        )
+    return facts
+
+
+def _worst(results: Results, video: int, taken: int, probability: float, *, images: bool) -> WorstVideo:
+    path, label = results.paths[video], int(results.labels[video])
+    try:
+        return WorstVideo(path, label, taken, probability, _frames(path, images=images))
+    except (DecodeError, OSError) as error:  # it may have gone since the test; what was found stays true
+        return WorstVideo(path, label, taken, probability, np.zeros((0, 1, 1, 3), np.uint8), str(error))
+
+
+def _frames(path: str, *, images: bool) -> NDArray[np.uint8]:
+    """uint8 [T, H, W, 3], small, evenly spread over a video; one frame at a time is held at full size."""
+    member = member_of(path)
+    if not Path(member.tar if member else path).is_file():  # a device or a pipe would be waited for
+        raise DecodeError(f"{path}: there is no such file now")
+    if images:
+        return thumbnail(np.asarray(read_image(path)))[None]
+    with open_video(path) as video:
+        pictures = [thumbnail(video.frames([number])[0].numpy()) for number in spread(video.num_frames)]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise DecodeError(f"{path}: its frames are of different sizes")
+    return np.stack(pictures)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -177,10 +276,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--weights", type=float, nargs="+", metavar="W", help="of the files, in their order; default: equal"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for what is found; default with --cfg: OUTPUT_DIR")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="what is found, on one page")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="with --cfg: e.g. DATA.NUM_WORKERS 8")
     options = parser.parse_intermixed_args(arguments)
     if options.out and options.out.exists() and not options.out.is_dir():
         raise RequestError(f"--out {options.out} is a file; give a folder")
+    if options.report:
+        _check_report(options.report)
     if options.cfg:
         if options.checkpoint is None:
             raise RequestError("--cfg needs --checkpoint FILE, the weights to test")
@@ -197,13 +299,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _check_report(path: Path) -> None:
+    """Before a test of hours, and so that no other file is replaced by a page."""
+    if path.suffix not in (".html", ".htm") or path.is_dir():
+        raise RequestError(f"--report {path}: give the name of a file that ends in .html")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise RequestError(f"--report {path}: {there} is a file; give a folder")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the evaluation failed, 2 the request was wrong, 130 interrupted."""
     try:
         options = parse(arguments)
-        results = of_network(options) if options.cfg else of_scores(options)
+        results, folder = of_network(options) if options.cfg else (of_scores(options), options.scores[0].parent)
         if results:  # the main rank
             print(results.summary())
+            if options.report:
+                options.report.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(options.report, page(results, options.scores or [], folder).encode())
+                print(f"\nthe page: {options.report}")
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,33 @@ class Log:
             raise LogError(
                 f"{self.path.parent}: the run's history cannot be written ({error}); checkpoints are not harmed"
             ) from error
+
+
+def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a metrics.jsonl, and how many of its lines are none: a kill may cut one off."""
+    events = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                events.append(event)
+    return events, len(lines) - len(events)
+
+
+def training_history(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], str]:
+    """The events of the first of these folders that tells of a training, and a sentence on where they are from, or why
+    there are none."""
+    paths = [folder / "metrics.jsonl" for folder in dict.fromkeys(folders)]
+    for path in paths:
+        try:
+            events, broken = read_events(path) if path.is_file() else ([], 0)
+        except OSError as error:
+            return [], f"{path} cannot be read ({error})."
+        if any(event.get("event") in ("train", "epoch", "val") for event in events):  # a test leaves events as well
+            lines = f"; {broken} of its lines cannot be read and are left out" if broken else ""
+            return events, f"From {path}{lines}."
+    return [], f"no training is told of in {' or '.join(map(str, paths))}."
 
 
 def bar(total: int, title: str, *, unit: str, main: bool) -> tqdm:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from octvideo.engine.log import Log, LogError, duration
+from octvideo.engine import log as log_module
+from octvideo.engine.log import Log, LogError, duration, read_events, training_history
 
 
 def events(folder: Path) -> list[dict]:
@@ -23,6 +24,36 @@ def test_one_line_per_event_and_the_same_numbers_in_tensorboard(tmp_path: Path) 
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(s.step, s.value) for s in board.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
     assert [s.value for s in board.Scalars("val/top1")] == [50.0]
+
+
+def test_events_are_read_and_what_is_none_is_counted(tmp_path: Path) -> None:
+    good = [{"event": "train", "loss": 2.5}, {"event": "val", "top1": 50.0}]
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(good[0]).encode(), b"[1, 2]", b"\xff\xfe", b"[" * 10**5, json.dumps(good[1]).encode()]
+    path.write_bytes(b"\n".join([*lines, b'{"event": "train", "st']))  # killed while it wrote
+    assert read_events(path) == (good, 4)
+    path.write_bytes(b"")
+    assert read_events(path) == ([], 0)
+
+
+def test_the_first_folder_that_tells_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    for folder, kind in zip(folders[1:], ("test", "train"), strict=True):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(json.dumps({"event": kind}) + "\n{")
+    found = training_history(folders)
+    assert found == (
+        [{"event": "train"}],
+        f"From {tmp_path}/c/metrics.jsonl; 1 of its lines cannot be read and are left out.",
+    )
+    none = f"no training is told of in {tmp_path}/a/metrics.jsonl or {tmp_path}/b/metrics.jsonl."
+    assert training_history([*folders[:2], folders[0]]) == ([], none)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(log_module, "read_events", refused)  # no permission stops root
+    assert training_history(folders)[1].startswith(f"{tmp_path}/b/metrics.jsonl cannot be read ([Errno 13] Permission")
 
 
 def test_going_on_from_a_step_forgets_what_a_dead_run_did_after_it(tmp_path: Path) -> None:

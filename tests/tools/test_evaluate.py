@@ -1,20 +1,28 @@
 """tools/evaluate.py on a small motion set: two networks tested, and what is made of the scores they left."""
 
+import base64
 import contextlib
 import csv
+import html
 import io
 import json
+import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from datasets import motion
 from octvideo import build
+from octvideo.data.decode import open_video
 from octvideo.data.transforms import uniform_crops
 from octvideo.engine import checkpoint
+from octvideo.engine.scores import ViewScores
 from tools import evaluate, results
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +279,8 @@ def test_a_video_that_cannot_be_decoded_is_wrong_in_scores_too(
         (["--scores", "A", "--out", "OUT", "--clips", "0"], "--clips is 0, but"),
         (["--scores", "A", "--out", "OUT", "--weights", "1", "2"], "--weights 1 2 for 1 file(s); allowed: one number"),
         (["--scores", "A", "B", "--out", "OUT", "--weights", "1", "nan"], "--weights 1 nan for 2 file(s)"),
+        (["--scores", "A", "--out", "OUT", "--report", "A"], "scores.npz: give the name of a file that ends in .html"),
+        (["--scores", "A", "--out", "OUT", "--report", "IN_A"], "scores.npz is a file; give a folder"),
         (["--cfg", CONFIG], "--cfg needs --checkpoint FILE"),
         (["--cfg", CONFIG, "--checkpoint", "x.pt", "--weights", "2"], "--weights goes with --scores"),
         (["--cfg", CONFIG, "--checkpoint", "x.pt", "--clips", "2", "TEST.CLIPS", "3"], "--clips and TEST.CLIPS are both"),
@@ -283,6 +293,7 @@ def test_requests_that_are_refused(
     tested: list[tuple[Path, str]], tmp_path: Path, words: list[str], message: str
 ) -> None:
     places = {"A": tested[0][0] / "scores.npz", "B": tested[1][0] / "scores.npz", "OUT": tmp_path / "out"}
+    places["IN_A"] = places["A"] / "page.html"
     said, error = run(*(places.get(word, word) for word in words), status=2)
     assert error.startswith("error: ") and message in error and said == ""
     assert not (tmp_path / "out").exists()
@@ -324,3 +335,121 @@ def test_classes_in_another_order_are_refused(data: Path, networks: list[Path], 
     assert [line.split(",")[1] for line in (tmp_path / "out/classes.csv").read_text().splitlines()[1:]] == names
     (tmp_path / "right.txt").write_text("\n".join(motion.CLASSES).upper().replace("_", " "))
     run(*one, networks[0], "DATA.CLASS_NAMES", tmp_path / "right.txt")
+
+
+def text_of(path: Path) -> str:
+    """What a page says, without its marks."""
+    page = re.sub(r"<(style|script)>.*?</\1>", "", path.read_text(), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def cards(path: Path) -> list[tuple[str, list[np.ndarray]]]:
+    """The worst videos of a page: their text and their frames."""
+    found = []
+    for card in re.findall(r'<article class="card">(.*?)</article>', path.read_text(), flags=re.DOTALL):
+        pictures = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', card)
+        frames = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))), int) for picture in pictures]
+        found.append((" ".join(html.unescape(re.sub(r"<[^>]*>", " ", card)).split()), frames))
+    return found
+
+
+def test_a_page_of_a_test(data: Path, networks: list[Path], tmp_path: Path) -> None:
+    """The history lies beside the checkpoint, with a line that a kill cut off; one video cannot be decoded."""
+    shutil.copytree(data, tmp_path / "data")
+    listed = (tmp_path / "data/val.txt").read_text().splitlines()
+    (tmp_path / "data" / listed[5].rpartition(" ")[0]).write_bytes(b"")
+    weights = shutil.copy(networks[0], tmp_path / "run.pt")
+    lines = [json.dumps({"event": "train", "step": s, "epoch": s / 2, "loss": 3.5 - s}) for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"event": "tr']))
+    one = ["--checkpoint", weights, "--clips", "1", "--crops", "1", "--out", tmp_path / "out"]
+    said, _ = run("--cfg", CONFIG, *one, *overrides(tmp_path / "data"), "--report", tmp_path / "new/page.html")
+    assert said.endswith(f"the page: {tmp_path}/new/page.html\n")
+    report, text = report_of(tmp_path / "out"), text_of(tmp_path / "new/page.html")
+    assert f"top-1 {report['top1']:.2f} % top-5 {report['top5']:.2f} % mean class accuracy" in text
+    assert f"calibration error {report['calibration_error']:.2f} % scored 23 of 24" in text
+    assert f"model i3d_tiny alpha 0.25 checkpoint {weights}" in text and "size of a view 3 x 4 x 32 x 32" in text
+    assert f"parameters {report['params'] / 1e6:.3f} M" in text and "views 1 clips 1 crops 1 average softmax" in text
+    assert f"From {tmp_path}/metrics.jsonl; 1 of its lines cannot be read and are left out." in text
+    assert "training 1.5" in text  # the last loss
+    assert all(f" {name} " in text for name in motion.CLASSES) and report["failed"][0]["reason"] in text
+    probabilities = {}
+    with np.load(tmp_path / "out/scores.npz", allow_pickle=False) as scores:
+        for video, row in zip(scores["video"], softmax(scores["logits"].astype(float)), strict=True):
+            if row.argmax() != scores["labels"][video]:
+                probabilities[scores["names"][video]] = row.max()
+    surest = sorted(probabilities, key=lambda name: -probabilities[name])[:12]
+    shown = cards(tmp_path / "new/page.html")
+    assert len(shown) == len(surest) > 5
+    for name, (words, frames) in zip(surest, shown, strict=True):
+        assert words.endswith(f"{tmp_path}/data/{name}") and f"{100 * probabilities[name]:.1f} %" in words
+        with open_video(f"{tmp_path}/data/{name}") as video:
+            expected = video.frames([0, 3, 7, 10, 13, 16, 20, 23]).numpy().astype(int)  # of 24
+        assert len(frames) == 8 and np.abs(np.stack(frames) - expected).mean() < 6  # JPEG
+
+
+def test_pages_of_scores(tested: list[tuple[Path, str]], tmp_path: Path) -> None:
+    a, b = (folder / "scores.npz" for folder, _ in tested)
+    run("--scores", a, "--clips", "2", "--out", tmp_path / "a", "--report", tmp_path / "a.html")
+    text = text_of(tmp_path / "a.html")
+    assert "views 6 clips 2 crops 3" in text and f"scores {a}" in text and len(cards(tmp_path / "a.html")) == 12
+    assert "No history: no training is told of in" in text and f"{a.parent}/metrics.jsonl" in text  # only of a test
+    run("--scores", a, b, "--weights", "3", "1", "--out", tmp_path / "ab", "--report", tmp_path / "ab.html")
+    text, members = text_of(tmp_path / "ab.html"), report_of(tmp_path / "ab")["members"]
+    assert "Test of an ensemble of 2 networks" in text and "No history: an ensemble has none of its own." in text
+    for number, (path, weight, own) in enumerate(zip((a, b), (3, 1), members, strict=True), 1):
+        line = f"network {number} i3d_tiny, alpha 0.25, 12 views, weight {weight}: top-1 {own['top1']:.2f} %, {path}"
+        assert line in text
+    shown = cards(tmp_path / "ab.html")
+    assert len(shown) == 12 and all(len(frames) == 8 for _, frames in shown)
+
+
+def test_a_page_of_hostile_scores_whose_videos_have_gone(tested: list[tuple[Path, str]], tmp_path: Path) -> None:
+    """Whatever facts a file of scores holds; a pipe is not waited for; where no history can be read, the page says so."""
+    scores = ViewScores.load(tested[0][0] / "scores.npz")
+    names = [f"<script>{name}" for name in scores.names]
+    (tmp_path / names[0]).parent.mkdir(parents=True)
+    os.mkfifo(tmp_path / names[0])
+    (tmp_path / "metrics.jsonl").mkdir()
+    facts = {"macs": 10**400, "params": "<b>", "input": 3, "alpha": [], "members": ["x"], "weight": "y", "model": 7}
+    facts |= {"checkpoint": f"{tmp_path}/run\0/x.pt", "prefix": str(tmp_path), "<i>": "</i>", "scores": "z"}
+    replace(scores, names=names, classes=[], facts=facts).save(tmp_path / "scores.npz")
+    page, path = tmp_path / "page.html", tmp_path / "scores.npz"
+    run("--scores", path, "--out", tmp_path / "out", "--report", page)
+    text = text_of(page)
+    assert f"multiply-adds of a view {10**400}" in text and "parameters <b>" in text and "<i> </i>" in text
+    assert f"scores {path}" in text and "No history: no training is told of in" in text
+    shown = cards(page)
+    assert len(shown) == 12 and not any(frames for _, frames in shown)
+    assert all("No frames: " in words and "there is no such file now" in words for words, _ in shown)
+    assert page.read_text().count("<script>") == 1
+    run("--scores", path, path, "--out", tmp_path / "out", "--report", page)
+    assert "network 2 7, alpha [], 12 views, weight 1: top-1" in text_of(page)
+
+
+def test_a_page_of_images_and_of_a_video_cut_off(tested: list[tuple[Path, str]], data: Path, tmp_path: Path) -> None:
+    """A view without frames is of an image network."""
+    scores = ViewScores.load(tested[0][0] / "scores.npz")
+    names = [f"{number}.mp4" for number in range(len(scores.names))]
+    for name in names:
+        Image.new("RGB", (400, 100), (200, 30, 30)).save(tmp_path / name, "PNG")
+    facts = {"input": [3, 32, 32], "prefix": str(tmp_path)}
+    replace(scores, names=names, facts=facts).save(tmp_path / "scores.npz")
+    command = ["--scores", tmp_path / "scores.npz", "--out", tmp_path / "out", "--report", tmp_path / "page.html"]
+    run(*command)
+    for _, frames in cards(tmp_path / "page.html"):
+        assert [frame.shape for frame in frames] == [(40, 160, 3)] and frames[0].mean(axis=(0, 1))[0] > 190
+    whole = (data / scores.names[0]).read_bytes()
+    for name in names:
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    run(*command)
+    assert all("No frames: " in words and str(tmp_path) in words for words, _ in cards(tmp_path / "page.html"))
+    assert "Test of a network" in text_of(tmp_path / "page.html")
+
+
+def test_a_page_with_no_video_scored(data: Path, tested: list[tuple[Path, str]], tmp_path: Path) -> None:
+    scores = ViewScores.load(tested[0][0] / "scores.npz").without_views()
+    scores.save(tmp_path / "scores.npz")
+    run("--scores", tmp_path / "scores.npz", "--out", tmp_path / "out", "--report", tmp_path / "page.html")
+    text = text_of(tmp_path / "page.html")
+    assert "calibration error - scored 0 of 24" in text and "No wrong predictions to show." in text
+    assert text.count("no view of it is among the scores") == 24
