@@ -113,7 +113,7 @@ def training_history(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], str
         except OSError as error:
             return [], f"{path} cannot be read ({error})."
         if any(event.get("event") in ("train", "epoch", "val") for event in events):  # a test leaves events as well
-            lines = f"; {broken} of its lines cannot be read and are left out" if broken else ""
+            lines = f"; lines of it that cannot be read, left out: {broken}" if broken else ""
             return events, f"From {path}{lines}."
     return [], f"no training is told of in {' or '.join(map(str, paths))}."
 

@@ -44,7 +44,7 @@ def test_the_first_folder_that_tells_of_a_training(tmp_path: Path, monkeypatch: 
     found = training_history(folders)
     assert found == (
         [{"event": "train"}],
-        f"From {tmp_path}/c/metrics.jsonl; 1 of its lines cannot be read and are left out.",
+        f"From {tmp_path}/c/metrics.jsonl; lines of it that cannot be read, left out: 1.",
     )
     none = f"no training is told of in {tmp_path}/a/metrics.jsonl or {tmp_path}/b/metrics.jsonl."
     assert training_history([*folders[:2], folders[0]]) == ([], none)

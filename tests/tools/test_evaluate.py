@@ -369,7 +369,7 @@ def test_a_page_of_a_test(data: Path, networks: list[Path], tmp_path: Path) -> N
     assert f"calibration error {report['calibration_error']:.2f} % scored 23 of 24" in text
     assert f"model i3d_tiny alpha 0.25 checkpoint {weights}" in text and "size of a view 3 x 4 x 32 x 32" in text
     assert f"parameters {report['params'] / 1e6:.3f} M" in text and "views 1 clips 1 crops 1 average softmax" in text
-    assert f"From {tmp_path}/metrics.jsonl; 1 of its lines cannot be read and are left out." in text
+    assert f"From {tmp_path}/metrics.jsonl; lines of it that cannot be read, left out: 1." in text
     assert "training 1.5" in text  # the last loss
     assert all(f" {name} " in text for name in motion.CLASSES) and report["failed"][0]["reason"] in text
     probabilities = {}
