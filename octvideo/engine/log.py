@@ -35,10 +35,18 @@ class Log:
         if main:
             with self._written():
                 folder.mkdir(parents=True, exist_ok=True)
-                if step is not None:
+                if step is None:
+                    self._end_line()
+                else:
                     self._forget_after(step, in_epoch)
                 purge_step = None if step is None else step + 1
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def _end_line(self) -> None:
+        """A line that a kill cut off must not swallow the next one."""
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            with self.path.open("a") as file:
+                file.write("\n")
 
     def _forget_after(self, step: int, in_epoch: bool) -> None:
         if not self.path.exists():

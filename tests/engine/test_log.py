@@ -91,6 +91,15 @@ def test_a_test_alone_leaves_the_history_alone(tmp_path: Path) -> None:
     assert [e["step"] for e in events(tmp_path)] == [9, 3]
 
 
+def test_a_test_behind_a_line_that_a_kill_cut_off_keeps_its_own_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 1}\n{"event": "tr')
+    log = Log(tmp_path, main=True)
+    log.event("test", 1, {"top1": 50.0})
+    log.close()
+    events, unread = read_events(tmp_path / "metrics.jsonl")
+    assert [e["event"] for e in events] == ["train", "test"] and unread == 1
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = Log(tmp_path / "out", main=False, step=0)
     log.event("train", 1, {"loss": 1.0})
