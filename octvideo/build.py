@@ -35,7 +35,7 @@ from octvideo.data.sampling import POLICIES, SHORT, seeded_generator
 from octvideo.engine import checkpoint, optim
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.classes import check_class_order
-from octvideo.engine.distributed import World, broadcast_buffers, gather_objects
+from octvideo.engine.distributed import World, barrier, broadcast_buffers, gather_objects
 from octvideo.engine.ema import Ema
 from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
@@ -78,6 +78,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     if problems:
         raise ConfigError(str(path), problems)
     return cfg
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> list[CfgNode]:
+    """A file, overrides, and lines (place, further overrides) -> a checked configuration for each line.
+
+    Of several lines, one that gives no OUTPUT_DIR gets OUTPUT_DIR/0, /1, ... Raises ConfigError with every line's
+    problems, and where two lines would write to one folder.
+    """
+    if len(lines) == 1 and not lines[0][0]:
+        return [load_config(path, [*overrides, *lines[0][1]])]
+    cfgs, problems = [], []
+    users: dict[Path, str] = {}
+    for number, (place, more) in enumerate(lines):
+        try:
+            cfg = load_config(path, [*overrides, *more])
+            if "OUTPUT_DIR" not in more[0::2]:
+                cfg = load_config(path, [*overrides, *more, "OUTPUT_DIR", str(Path(cfg.OUTPUT_DIR) / str(number))])
+        except ConfigError as error:
+            problems += [f"{place}: {problem}" for problem in error.problems]
+            continue
+        if (folder := Path(cfg.OUTPUT_DIR).resolve()) in users:
+            problems.append(f"{place}: OUTPUT_DIR {cfg.OUTPUT_DIR} is that of {users[folder]} already")
+        users[folder] = place
+        cfgs.append(cfg)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return cfgs
 
 
 def _shape_problems(cfg: CfgNode) -> list[str]:
@@ -194,9 +221,8 @@ def class_names(cfg: CfgNode, path: str) -> list[str]:
 
 def use_threads(cfg: CfgNode, world: World) -> None:
     """Set torch's threads in this process. Each more than there are free cores would make all of them wait."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cfg.NUM_THREADS or max(1, cores // local - cfg.DATA.NUM_WORKERS))
+    torch.set_num_threads(cfg.NUM_THREADS or max(1, cores // world.local_size - cfg.DATA.NUM_WORKERS))
 
 
 def video_list(cfg: CfgNode, path: str, *, training: bool) -> VideoList:
@@ -403,11 +429,15 @@ class _Run:
         _restore_rank(state["ranks"], self.meter, self.world, self.log)
 
     def save(self) -> None:
-        cfg = self.cfg
         self.failures.share(self.progress.step)
         ranks = gather_objects({"random": _random_state(self.device), "meter": self.meter.state_dict()})
-        if not self.world.main:
-            return
+        if self.world.main:
+            self._write(ranks)
+        barrier(f"checkpoint of step {self.progress.step}")  # no rank leaves before it is on the disk
+
+    def _write(self, ranks: list[dict[str, Any]]) -> None:
+        cfg = self.cfg
+        self.log.flush()  # what a later start does not say again, since it goes on behind it
         state = {
             **asdict(self.progress),
             "model": self.model.state_dict(),

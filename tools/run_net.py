@@ -1,19 +1,23 @@
 #!/usr/bin/env python
-"""Train and test a network: python tools/run_net.py --cfg CONFIG [KEY VALUE ...], alone or under torchrun."""
+"""Train and test a network: python tools/run_net.py --cfg CONFIG [KEY VALUE ...], alone, under torchrun, with --local N,
+or as a job of SLURM's with --slurm."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from fvcore.common.config import CfgNode
 
 from octvideo import build, launch
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
 from octvideo.data.decode import DecodeError, MissingDecoderError
 from octvideo.data.loader import LoaderError
+from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.classes import ClassOrderError
 from octvideo.engine.distributed import DistributedError, World
@@ -22,8 +26,9 @@ from octvideo.engine.log import LogError
 from octvideo.engine.nonfinite import NonFiniteError
 from octvideo.engine.scores import ScoresError
 from octvideo.engine.train import Stopped, TrainingError
+from octvideo.launch import Job, LaunchError, Request
 
-MISTAKES = (ConfigError, ListError, MissingDecoderError)
+MISTAKES = (ConfigError, LaunchError, ListError, MissingDecoderError)
 FAILURES = (
     *(DecodeError, LoaderError, CheckpointError, LogError, DistributedError, TrainingError, BudgetError),
     *(NonFiniteError, ClassOrderError, ScoresError),
@@ -32,15 +37,24 @@ FAILURES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 128 + N saved and
-    stopped by signal N (SIGTERM, SIGUSR1)."""
+    stopped by signal N (SIGTERM, SIGUSR1, SIGUSR2)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--cfg", required=True, metavar="CONFIG", help="YAML file, e.g. configs/motion/oct_i3d_tiny.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. TRAIN.EPOCHS 5 OUTPUT_DIR runs/short")
+    help_on = "where OUTPUT_DIR has checkpoints, TRAIN.RESUME is auto: how a job of SLURM's starts again"
+    parser.add_argument("--go-on", action="store_true", help=help_on)
+    launch.add_arguments(parser)
     options = parser.parse_args(arguments)
     try:
-        cfg = build.load_config(options.cfg, options.overrides)
+        request = Request.of(options)
+        cfgs = build.load_sweep(options.cfg, options.overrides, request.lines())
+        if request.elsewhere:
+            return launch.start(request, __file__, [_job(cfg, request) for cfg in cfgs])
+        cfg = cfgs[0]
+        if options.go_on and checkpoint.found(Path(cfg.OUTPUT_DIR)):
+            cfg = build.load_config(options.cfg, [*options.overrides, "TRAIN.RESUME", "auto"])
 
         def job(world: World, device: torch.device) -> None:
             if device.type == "cpu":
@@ -64,6 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; TRAIN.RESUME auto goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _job(cfg: CfgNode, request: Request) -> Job:
+    if request.slurm and cfg.TRAIN.ENABLE and cfg.TRAIN.RESUME != "auto" and checkpoint.found(Path(cfg.OUTPUT_DIR)):
+        problem = (
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds checkpoints, which a job that starts again would go on from, not from "
+            f"TRAIN.RESUME {cfg.TRAIN.RESUME}; give TRAIN.RESUME auto or another OUTPUT_DIR"
+        )
+        raise ConfigError("--slurm", [problem])
+    arguments = ["--go-on"] if request.slurm else []
+    return Job(Path(cfg.OUTPUT_DIR), cfg.dump(), arguments, cfg.TRAIN.BATCH_SIZE if cfg.TRAIN.ENABLE else 0)
 
 
 if __name__ == "__main__":

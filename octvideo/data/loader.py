@@ -151,7 +151,7 @@ class Loader:
 
 def _ignore_signals(worker: int) -> None:
     """A cluster signals every process of a job. The training process decides what to do; it needs its workers for that."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

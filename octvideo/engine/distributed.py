@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,16 +15,19 @@ from torch import Tensor, nn
 
 
 class DistributedError(RuntimeError):
-    """The environment of the processes contradicts itself."""
+    """The environment of the processes contradicts itself, or some of them did not come."""
 
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes; local_rank on this machine."""
+    """rank of size processes; local_rank of the local_size on this machine. Rank 0 is to be met at address:port."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    address: str = ""
+    port: int = 0
 
     @property
     def main(self) -> bool:
@@ -30,18 +35,94 @@ class World:
 
 
 def world_from_environment() -> World:
-    """The place that torchrun gave this process, or the only place. Raises DistributedError on half an environment."""
+    """This process's place, from whoever started it; the only place where nobody says otherwise.
+
+    1. RANK, WORLD_SIZE, ...: torchrun, octvideo.launch's --local, or a person.
+    2. A step of SLURM (srun). In the shell of sbatch or salloc SLURM_NTASKS says how many tasks a step would have, and
+       SLURM_PROCID may be 0: a process there is no rank.
+
+    Raises DistributedError on half an environment, on impossible values, and where 1 and 2 contradict each other.
+    """
+    ranked, step = _ranked(), _slurm_step()
+    if ranked and step:
+        _check_agreement(ranked, step)
+    return ranked or step or World()
+
+
+def _ranked() -> World | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return World()
+        return None
     missing = [name for name in names if name not in os.environ]
     if missing:
         present = [name for name in names if name in os.environ]
         raise DistributedError(f"{', '.join(present)} are set but {', '.join(missing)} are not; start with torchrun")
-    rank, size, local_rank = (int(os.environ[name]) for name in names[:3])
+    rank, size, local_rank = (_integer(name) for name in names[:3])
+    local_size = _integer("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
     if not 0 <= rank < size:
         raise DistributedError(f"RANK is {rank} but WORLD_SIZE is {size}")
-    return World(rank, size, local_rank)
+    if not 0 <= local_rank < local_size <= size:
+        raise DistributedError(f"LOCAL_RANK is {local_rank}, LOCAL_WORLD_SIZE {local_size} and WORLD_SIZE {size}")
+    return World(rank, size, local_rank, local_size, os.environ["MASTER_ADDR"], _integer("MASTER_PORT"))
+
+
+_NO_STEP = 0xFFFFFFF0  # and above: what SLURM calls the shells of sbatch and salloc
+
+
+def _slurm_step() -> World | None:
+    if "SLURM_STEP_ID" not in os.environ or _integer("SLURM_STEP_ID") >= _NO_STEP:
+        return None
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")
+    texts = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")
+    if missing := [name for name in (*names, *texts) if name not in os.environ]:
+        raise DistributedError(f"SLURM_STEP_ID is set but {', '.join(missing)} are not; start with srun")
+    rank, size, local_rank, node, job = map(_integer, names)
+    tasks = _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+    if not (0 <= rank < size == sum(tasks) and node < len(tasks) and local_rank < tasks[node]):
+        said = ", ".join(f"{name} {os.environ[name]}" for name in (*names[:4], texts[0]))
+        raise DistributedError(f"SLURM's variables contradict each other: {said}")
+    address = os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"])
+    # jobs that share a node have different numbers; below the ports that systems give away themselves
+    port = _integer("MASTER_PORT") if "MASTER_PORT" in os.environ else 10000 + job % 20000
+    return World(rank, size, local_rank, tasks[node], address, port)
+
+
+def _check_agreement(ranked: World, step: World) -> None:
+    """One rank per task of the step, or one torchrun per task."""
+    a_rank_each = (ranked.rank, ranked.size) == (step.rank, step.size)
+    a_launcher_each = ranked.size == step.size * ranked.local_size and step.rank < ranked.size // ranked.local_size
+    if not (a_rank_each or a_launcher_each):
+        raise DistributedError(
+            f"RANK {ranked.rank} of WORLD_SIZE {ranked.size} (LOCAL_WORLD_SIZE {ranked.local_size}), but SLURM started "
+            f"task {step.rank} of {step.size} here, so several runs would write to one folder; either let srun start "
+            "every rank, without torchrun, or one torchrun on each node that knows of the others (--nnodes)"
+        )
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise DistributedError(f"{name} is {os.environ[name]!r}; it must be an integer") from None
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """SLURM's way: '2(x3),1' -> [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise DistributedError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}; it must look like 2(x3),1")
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def _first_host(nodes: str) -> str:
+    """SLURM's way: 'gpu[03-05,9]-ib,login' -> 'gpu03-ib'."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if not first:
+        raise DistributedError(f"SLURM_STEP_NODELIST is {nodes!r}; it must look like gpu[03-05]")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def device_of(name: str, world: World) -> torch.device:
@@ -56,15 +137,104 @@ def device_of(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def start(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group; nothing to do for a single process."""
+class _Meeting:
+    """Ranks leave word with the store that rank 0 (under torchrun: its agent) keeps, so it is known who has not come."""
+
+    def __init__(self, store: dist.Store, world: World) -> None:
+        self.store, self.world, self.number = store, world, 0
+
+    def wait(self, what: str, timeout: timedelta) -> None:
+        self.number += 1
+        open_, came = f"{self.number}/open", f"{self.number}/{self.world.rank}"
+        try:
+            self.store.set(came, "")
+            if self.world.main:
+                missing = self._missing(timeout)
+                self.store.set(open_, ",".join(map(str, missing)))
+                self.store.delete_key(f"{self.number - 1}/open")  # all have read it, or they had not come here
+            else:
+                self.store.wait([open_], timeout + timedelta(seconds=15))  # rank 0 may have begun to wait later
+                missing = [int(rank) for rank in self.store.get(open_).decode().split(",") if rank]
+            self.store.delete_key(came)
+        except RuntimeError as error:  # the base of torch's own errors of stores and sockets
+            raise DistributedError(f"{what}: rank 0 is gone, or has not come within {_said(timeout)}") from error
+        if missing:
+            names = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+            raise DistributedError(
+                f"{what}: of {self.world.size} ranks, rank(s) {names} did not come within {_said(timeout)}; see what "
+                "they say, and whether their machines reach rank 0's"
+            )
+
+    def _missing(self, timeout: timedelta) -> list[int]:
+        """The ranks that leave no word within the time."""
+        end = time.monotonic() + timeout.total_seconds()
+        missing = []
+        for rank in range(self.world.size):
+            key = f"{self.number}/{rank}"
+            try:
+                self.store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            except RuntimeError:
+                if not self.store.check([key]):
+                    missing.append(rank)
+        return missing
+
+
+_meeting: _Meeting | None = None  # of the process group, which is torch's own global
+
+
+def _said(timeout: timedelta) -> str:
+    return f"{timeout.total_seconds():g} s"
+
+
+def start(
+    world: World,
+    device: torch.device,
+    timeout: timedelta = timedelta(minutes=30),
+    meet_within: timedelta = timedelta(minutes=10),
+) -> None:
+    """Join the process group; nothing to do for a single process. timeout: of whatever the ranks do together.
+
+    Raises DistributedError naming the ranks that have not come when `meet_within` is over.
+    """
+    global _meeting
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        store = _store(world, meet_within)
+        _meeting = _Meeting(dist.PrefixStore("meeting", store), world)
+        _meeting.wait("start", meet_within)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+        )
+
+
+def _store(world: World, timeout: timedelta) -> dist.Store:
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent listens at the port already
+    where = f"{world.address}:{world.port}"
+    try:
+        store = dist.TCPStore(
+            world.address, world.port, None, world.main and not agent, timeout, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        what = "could not listen at" if world.main and not agent else f"did not answer within {_said(timeout)} at"
+        said = str(error).splitlines()[0]
+        raise DistributedError(f"rank {world.rank} of {world.size}: rank 0 {what} {where} ({said})") from error
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def barrier(what: str, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Wait for every rank. Raises DistributedError, on all that wait, naming those that do not come within the time."""
+    if _meeting:
+        _meeting.wait(what, timeout)
 
 
 def stop() -> None:
+    global _meeting
+    _meeting = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -84,6 +84,11 @@ class Log:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
+    def flush(self) -> None:
+        """Put what TensorBoard holds back on the disk; metrics.jsonl is there already."""
+        if self.board is not None:
+            self.board.flush()
+
     def close(self) -> None:
         if self.board is not None:
             with self._written():

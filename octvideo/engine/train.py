@@ -72,7 +72,7 @@ class Stopped(Exception):
 class StopRequest:
     """Notes a signal, so that the run can end between two batches. A second one of the same kind ends the process."""
 
-    def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+    def __init__(self, signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)) -> None:
         self.signals, self.received = signals, 0
 
     def __enter__(self) -> StopRequest:

@@ -1,5 +1,6 @@
 """tools/run_net.py in processes of its own, on a small motion set."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,7 +8,29 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from octvideo.engine import checkpoint
+
 ROOT = Path(__file__).parents[2]
+STEPS = 32  # of a Run
+
+
+def history(out: Path) -> list[tuple]:
+    """What the run says of itself, without times and speeds."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("event", "step", "epoch", "loss", "lr", "top1", "top5")
+    return [tuple((k, line[k]) for k in kept if k in line) for line in lines if line["event"] != "run"]
+
+
+def check_same(one: Path, other: Path) -> None:
+    a, b = (checkpoint.latest(out)[1] for out in (one, other))
+    assert a["step"] == b["step"] == STEPS
+    for weights in ("model", "ema"):
+        assert all(torch.equal(a[weights][name], b[weights][name]) for name in a[weights])
+    momenta = [[value["momentum_buffer"] for value in s["optimizer"]["state"].values()] for s in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+    assert history(one) == history(other)
 
 
 class Run:
@@ -24,7 +47,8 @@ class Run:
         train += ["TRAIN.VAL_PERIOD", "4", "TEST.ENABLE", "False", "SOLVER.WARMUP_EPOCHS", "1", "DEVICE", "cpu"]
         cfg = ["--cfg", str(ROOT / "configs/motion/oct_i3d_tiny.yaml"), "OUTPUT_DIR", str(out)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        script = [str(ROOT / "tools/run_net.py"), *cfg, *lists, *small, *train, *more]
+        self.arguments = [*cfg, *lists, *small, *train, *more]
+        script = [str(ROOT / "tools/run_net.py"), *self.arguments]
         self.command = [sys.executable, *(launcher if processes > 1 else []), *script]
 
     def start(self) -> subprocess.Popen:

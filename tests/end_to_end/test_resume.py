@@ -1,19 +1,15 @@
 """Killed at any moment and started again, a run ends with the weights and the history of one that was not."""
 
-import json
 import random
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from datasets import motion
 from octvideo.engine import checkpoint
 
-from .runs import Run
-
-STEPS = 32
+from .runs import STEPS, Run, check_same
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +17,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("motion") / "data"
     motion.make(folder, motion.Settings(train=2, val=1, size=48), workers=1)
     return folder
-
-
-def history(out: Path) -> list[tuple]:
-    """What the run says of itself, without times and speeds."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = ("event", "step", "epoch", "loss", "lr", "top1", "top5")
-    return [tuple((k, line[k]) for k in kept if k in line) for line in lines if line["event"] != "run"]
-
-
-def check_same(one: Path, other: Path) -> None:
-    a, b = (checkpoint.latest(out)[1] for out in (one, other))
-    assert a["step"] == b["step"] == STEPS
-    for weights in ("model", "ema"):
-        assert all(torch.equal(a[weights][name], b[weights][name]) for name in a[weights])
-    momenta = [[value["momentum_buffer"] for value in s["optimizer"]["state"].values()] for s in (a, b)]
-    assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
-    assert history(one) == history(other)
 
 
 @pytest.fixture(scope="module")
