@@ -225,12 +225,12 @@ def _run_here(count: int, script: Path, job: Job) -> int:
         place |= {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
         command = [sys.executable, str(script), "--cfg", str(config), *job.arguments]
-        processes = [
-            subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(count)
-        ]
+        processes: list[subprocess.Popen] = []
         try:
             with _forwarding(processes):
+                for rank in range(count):
+                    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    processes.append(subprocess.Popen(command, env={**environment, **own}))
                 return _await(processes)
         except KeyboardInterrupt:  # a terminal sends it to all of them
             _end(processes, patience_s=5)
@@ -252,8 +252,8 @@ def _await(processes: Sequence[subprocess.Popen]) -> int:
             if status:
                 _end(processes, patience_s=0)
                 if len(processes) > 1:
-                    print(f"rank {rank} of {len(processes)} ended with status {status}; the others were ended",
-                          file=sys.stderr)  # fmt: skip
+                    said = f"rank {rank} of {len(processes)} ended with status {status}; the others were ended"
+                    print(said, file=sys.stderr)
                 return status
         time.sleep(0.05)
     return 0
@@ -292,8 +292,7 @@ def _forwarding(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
 def _submit(request: Request, script: Path, jobs: Sequence[Job]) -> int:
     import submitit
 
-    outputs = [job.output for job in jobs]
-    output = Path(os.path.commonpath([path.resolve() for path in outputs])) if len(jobs) > 1 else outputs[0].resolve()
+    output = jobs[0].output.resolve()
     folder = output / "slurm" / time.strftime("%Y%m%d-%H%M%S")
     if not request.dry_run:
         for program in ("sbatch", "srun", "squeue", "scontrol"):
@@ -301,7 +300,7 @@ def _submit(request: Request, script: Path, jobs: Sequence[Job]) -> int:
                 raise LaunchError(f"--slurm needs {program}, which is not on PATH; log in to a node of the cluster")
         folder = _fresh(folder)
     tree, script = _code(request, script, folder)
-    executor = _executor(request, folder, tree, name=output.name)
+    executor = _executor(request, folder, tree, name=output.parent.name if len(jobs) > 1 else output.name)
     if request.dry_run:
         if len(jobs) > 1:
             executor.parameters["map_count"] = len(jobs)
@@ -409,7 +408,10 @@ def _teardown(request: Request) -> list[str]:
         "status=$?",
         'case "$status" in',
         f"  {'|'.join(map(str, STOPPED))})",
-        '    state=$(squeue --noheader --jobs "$job" --format %T)',
+        "    for again in 1 2 3 4 5 6; do  # controllers are restarted, too",
+        '      state=$(squeue --noheader --jobs "$job" --format %T) && break',
+        "      sleep 10",
+        "    done",
         '    if [ -e "$OCTVIDEO_FAILED" ]; then',
         '      echo "octvideo: rank $(cat "$OCTVIDEO_FAILED") failed" >&2',
         "      status=1",

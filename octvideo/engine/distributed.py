@@ -127,6 +127,8 @@ def _first_host(nodes: str) -> str:
 
 def device_of(name: str, world: World) -> torch.device:
     """`auto`, `cpu` or `cuda` -> this process's device. Raises DistributedError where cuda is asked for and absent."""
+    if name == "auto" and not torch.cuda.is_available() and (gpus := os.environ.get("SLURM_STEP_GPUS")):
+        raise DistributedError(f"SLURM gave GPUs {gpus} to this job, but torch sees none: is it a build for CPUs?")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -151,6 +153,8 @@ class _Meeting:
             if self.world.main:
                 missing = self._missing(timeout)
                 self.store.set(open_, ",".join(map(str, missing)))
+                if missing:
+                    time.sleep(1)  # the others read it from this process, which is about to end
                 self.store.delete_key(f"{self.number - 1}/open")  # all have read it, or they had not come here
             else:
                 self.store.wait([open_], timeout + timedelta(seconds=15))  # rank 0 may have begun to wait later
