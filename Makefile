@@ -1,11 +1,12 @@
 # make demo   a virtual environment, the motion data, three small networks trained and tested, one table
 # make test   the tests;  make test-slow   those of minutes;  make lint   ruff and mypy
+# make test-slurm   those that need a SLURM: starts one here, and stops it (root; tests/slurm/cluster.sh check)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := c2d_tiny i3d_tiny oct_i3d_tiny
 
-.PHONY: demo test test-slow lint format install clean
+.PHONY: demo test test-slow test-slurm lint format install clean
 
 install: $(VENV)/installed
 
@@ -30,6 +31,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: install
+	OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -n 0 tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -69,6 +69,7 @@ class Request:
     account: str | None = None
     constraint: str | None = None
     qos: str | None = None
+    exclude: str | None = None
     array_overrides: Path | None = None
     max_restarts: int = 20
     signal_delay_s: int = 120
@@ -138,10 +139,13 @@ class Request:
             problems.append(
                 f"--signal-delay-s is {self.signal_delay_s}; allowed: below --time-min's {self.time_min} min"
             )
-        for name in ("partition", "account", "constraint", "qos"):
+        for name in _NAMES:
             if (text := getattr(self, name)) is not None and not (text and text.isprintable()):
                 problems.append(f"{_flag(name)} is {text!r}; give a name of the cluster's")
         return problems
+
+
+_NAMES = ("partition", "account", "constraint", "qos", "exclude")  # of the cluster's things
 
 
 def _flag(name: str) -> str:
@@ -166,8 +170,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         value = getattr(default, name)
         here.add_argument(_flag(name), type=int, default=value, metavar="N", help=f"{text} (default: {value})")
     here.add_argument("--mem-gb", type=float, metavar="GB", help="memory per node (default: the cluster's)")
-    for name in ("partition", "account", "constraint", "qos"):
-        here.add_argument(_flag(name), metavar=name[0].upper(), help=f"the cluster's {name} to use")
+    for name in _NAMES:
+        what = "nodes to stay away from" if name == "exclude" else f"the cluster's {name} to use"
+        here.add_argument(_flag(name), metavar=name.upper(), help=what)
     help_array = (
         "one job array, with a task for each line of KEY VALUE pairs in FILE; OUTPUT_DIR/0, /1, ... unless given"
     )
@@ -383,7 +388,7 @@ def _executor(request: Request, folder: Path, tree: Path, name: str) -> Any:
         "setup": _setup(request, folder, tree),
         "teardown": _teardown(request),
     }
-    parameters |= {key: getattr(request, key) for key in ("partition", "account", "constraint", "qos")}
+    parameters |= {key: getattr(request, key) for key in _NAMES}
     executor.update_parameters(**parameters)
     return executor
 
