@@ -15,7 +15,10 @@ check() {
   for program in slurmctld slurmd slurmdbd munged mariadbd mariadb-install-db; do
     command -v "$program" >/dev/null || missing+=("$program")
   done
-  if [ "$(id -u)" != 0 ]; then
+  if ! grep -q '/sys/fs/cgroup' /proc/mounts; then
+    echo "no test cluster: slurmd wants /sys/fs/cgroup to be mounted"
+    return 1
+  elif [ "$(id -u)" != 0 ]; then
     echo "no test cluster: it must be started by root (slurmd starts jobs as their users)"
     return 1
   elif [ "${#missing[@]}" != 0 ]; then
@@ -95,6 +98,7 @@ CONF
 PartitionName=low Nodes=$all Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=$all MaxTime=INFINITE State=UP PriorityTier=10
 CONF
+  echo "IgnoreSystemd=yes" > "$folder/cgroup.conf"
   cat > "$folder/slurmdbd.conf" <<CONF
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge.sock

@@ -204,15 +204,34 @@ def test_restarts_have_a_limit(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert field(job.job, "Restarts") == "0" and checkpoint.found(job.run.out)
 
 
-def test_an_array(data: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_before_the_training_begins(
+    data: Path, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = submit(capsys, Run(data, tmp_path / "run"), *WHOLE)
+    until(lambda: len(ranks_of(job.job)) == 2, "both ranks are there")
+    slurm("scancel", "--signal=TERM", job.job)
+    job.finish()
+    assert field(job.job, "Restarts") == "1" and "stopped by" not in job.said()
+    check_same(local, job.run.out)
+
+
+def test_an_array(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("# two seeds, and a rate in a folder of its own\nSEED 0\n\nSEED 1\nSEED 0 SOLVER.BASE_LR 0.01 "
                      f"OUTPUT_DIR {tmp_path}/run/low\n")  # fmt: skip
     run = Run(data, tmp_path / "run", 1, "TRAIN.EPOCHS", "3")
-    assert run_net.main([*PART, "--wait", "--array-overrides", str(sweep), *run.arguments]) == 0
+    assert run_net.main([*PART, "--array-overrides", str(sweep), *run.arguments]) == 0
+    job = re.search(r"job (\d+) of 3 tasks", capsys.readouterr().out)[1]
+    tasks = [f"{job}_{number}" for number in range(3)]
+    # one of the tasks has the number of the whole array, and only that one is to start again
+    until(lambda: all(ranks_of(field(task, "JobId")) for task in tasks), "all tasks run")
+    (stopped,) = (task for task in tasks if field(task, "JobId") == job)
+    slurm("scancel", "--signal=USR2", stopped)
+    (folder,) = (run.out / "0" / "slurm").iterdir()
+    assert launch._follow(job, folder, 3) == 0
     said = capsys.readouterr().out
-    job = re.search(r"job (\d+) of 3 tasks", said)[1]
-    assert all(f"job {job}_{task}: completed" in said for task in range(3))
+    assert all(f"job {task}: completed" in said for task in tasks)
+    assert [field(task, "Restarts") for task in tasks] == [str(int(task == stopped)) for task in tasks]
     ends = {name: checkpoint.latest(run.out / name)[1] for name in ("0", "1", "low")}
     assert {end["step"] for end in ends.values()} == {12}
     weights = [sum(value.double().sum().item() for value in end["model"].values()) for end in ends.values()]
