@@ -4,7 +4,7 @@
 python tools/evaluate.py --cfg CONFIG --checkpoint FILE [--clips N] [--crops 1|3] [--average softmax|logits]
         [--out FOLDER] [--report FILE.html] [KEY VALUE ...]
     every video of DATA.TEST_LIST (or VAL_LIST) with N clips x 1 or 3 crops (default: TEST.CLIPS and TEST.CROPS, the 10 x 3
-    of Kinetics), alone or under torchrun
+    of Kinetics), alone, under torchrun, with --local N, or as a job of SLURM's with --slurm
 python tools/evaluate.py --scores FILE [FILE ...] [--weights W ...] [--clips N] [--crops 1|3] [--average softmax|logits]
         --out FOLDER [--report FILE.html]
     the same from the scores.npz of earlier tests, with no network and no videos: fewer views, the other average, and of
@@ -45,13 +45,14 @@ from octvideo.engine.log import training_history
 from octvideo.engine.metrics import most_confused
 from octvideo.engine.results import Results, results_of, view_facts
 from octvideo.engine.scores import AVERAGES, Averaged, ScoresError, ViewScores, aggregate, combine
+from octvideo.launch import Job, LaunchError, Request
 
 
 class RequestError(ValueError):
     """A command line that asks for what cannot be done."""
 
 
-MISTAKES = (RequestError, ConfigError, ListError, MissingDecoderError)
+MISTAKES = (RequestError, ConfigError, LaunchError, ListError, MissingDecoderError)
 FAILURES = (DecodeError, LoaderError, CheckpointError, DistributedError, ClassOrderError, ScoresError, OSError)
 KEY = re.compile(r"[A-Z_]+(\.[A-Z_]+)*")
 WORST, PAIRS = 12, 15  # wrong videos, and pairs of classes, on the page
@@ -79,6 +80,17 @@ def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
         return build.test(cfg, world, device, average=options.average)
 
     return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR)
+
+
+def _jobs(options: argparse.Namespace, request: Request) -> list[Job]:
+    """The same in other processes; a line of a sweep may give another TEST.CHECKPOINT."""
+    if not options.cfg:
+        raise RequestError("--slurm and --local go with --cfg; scores are averaged here, in seconds")
+    cfgs = build.load_sweep(options.cfg, [*_flags_as_overrides(options), *options.overrides], request.lines())
+    if options.report and len(cfgs) > 1:
+        raise RequestError(f"--report {options.report}: {len(cfgs)} tests would write to that one page")
+    more = ["--average", options.average, *(["--report", str(options.report)] if options.report else [])]
+    return [Job(Path(cfg.OUTPUT_DIR), cfg.dump(), ["--checkpoint", cfg.TEST.CHECKPOINT, *more]) for cfg in cfgs]
 
 
 def _flags_as_overrides(options: argparse.Namespace) -> list[str]:
@@ -278,6 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for what is found; default with --cfg: OUTPUT_DIR")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="what is found, on one page")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="with --cfg: e.g. DATA.NUM_WORKERS 8")
+    launch.add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.out and options.out.exists() and not options.out.is_dir():
         raise RequestError(f"--out {options.out} is a file; give a folder")
@@ -312,6 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the evaluation failed, 2 the request was wrong, 130 interrupted."""
     try:
         options = parse(arguments)
+        request = Request.of(options)
+        if request.elsewhere:
+            return launch.start(request, __file__, _jobs(options, request))
         results, folder = of_network(options) if options.cfg else (of_scores(options), options.scores[0].parent)
         if results:  # the main rank
             print(results.summary())

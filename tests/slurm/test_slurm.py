@@ -18,7 +18,7 @@ from octvideo import launch
 from octvideo.engine import checkpoint
 from tests.end_to_end.runs import ROOT, STEPS, Run, check_same
 from tests.slurm import fails
-from tools import run_net
+from tools import evaluate, run_net
 
 WHOLE = ["--slurm", "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-task", "4", "--time-min", "10"]
 PART = ["--slurm", "--gpus-per-node", "0", "--cpus-per-task", "1", "--time-min", "10"]
@@ -236,6 +236,14 @@ def test_an_array(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {end["step"] for end in ends.values()} == {12}
     weights = [sum(value.double().sum().item() for value in end["model"].values()) for end in ends.values()]
     assert len(set(weights)) == 3
+
+
+def test_evaluate_as_a_job(data: Path, local: Path, tmp_path: Path) -> None:
+    test = ["--checkpoint", str(checkpoint.found(local)[-1]), "--clips", "2"]
+    assert evaluate.main([*test, *Run(data, tmp_path / "here").arguments]) == 0
+    assert evaluate.main([*WHOLE, "--wait", *test, *Run(data, tmp_path / "job").arguments]) == 0
+    here, job = (json.loads((tmp_path / name / "test.json").read_text()) for name in ("here", "job"))
+    assert {**here, "clips_per_s": 0} == {**job, "clips_per_s": 0} and here["views"] == 6
 
 
 def test_a_job_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

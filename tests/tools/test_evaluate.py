@@ -453,3 +453,36 @@ def test_a_page_with_no_video_scored(data: Path, tested: list[tuple[Path, str]],
     text = text_of(tmp_path / "page.html")
     assert "calibration error - scored 0 of 24" in text and "No wrong predictions to show." in text
     assert text.count("no view of it is among the scores") == 24
+
+
+def test_a_sweep_over_checkpoints_is_one_array(
+    data: Path, networks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sweep.txt").write_text(f"TEST.CLIPS 2\nTEST.CHECKPOINT {networks[1]}\n")
+    flags = ["--slurm", "--dry-run", "--array-overrides", tmp_path / "sweep.txt", "--out", tmp_path / "out"]
+    seen = []
+    monkeypatch.setattr(evaluate.launch, "_submit", lambda request, script, jobs: seen.append((script, jobs)) or 0)
+    run("--cfg", CONFIG, "--checkpoint", networks[0], "--average", "logits", *flags, *overrides(data))
+    ((script, jobs),) = seen
+    assert script == ROOT / "tools/evaluate.py" and [job.output.name for job in jobs] == ["0", "1"]
+    expected = [["--checkpoint", str(path), "--average", "logits"] for path in networks]
+    assert [list(job.arguments) for job in jobs] == expected
+    (tmp_path / "config.yaml").write_text(jobs[0].config)
+    assert build.load_config(tmp_path / "config.yaml").TEST.CLIPS == 2
+
+
+@pytest.mark.slow
+def test_processes_here_give_the_scores_of_one(data: Path, networks: list[Path], tmp_path: Path) -> None:
+    test = ["--cfg", CONFIG, "--checkpoint", networks[0], "--clips", "2", "--crops", "1"]
+    run(*test, "--out", tmp_path / "one", *overrides(data))
+    run(*test, "--out", tmp_path / "two", "--local", "2", *overrides(data))
+    logits = []
+    for name in ("one", "two"):
+        scores = np.load(tmp_path / name / "scores.npz", allow_pickle=False)
+        logits.append(scores["logits"][np.lexsort((scores["clip"], scores["video"]))])
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_need_no_job(tmp_path: Path) -> None:
+    error = run("--scores", "a.npz", "--out", tmp_path, "--slurm", status=2)[1]
+    assert "--slurm and --local go with --cfg" in error
