@@ -330,9 +330,13 @@ def _fresh(folder: Path) -> Path:
     """A folder of its own for every submission: job numbers may begin again, and old results would be taken for new."""
     for number in range(1000):
         path = folder.with_name(f"{folder.name}-{number}") if number else folder
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)
             return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise LaunchError(f"{path}: cannot be made ({error.strerror}); give another OUTPUT_DIR") from None
     raise LaunchError(f"{folder.parent}: no free name for this submission")
 
 

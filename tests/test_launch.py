@@ -1,5 +1,6 @@
 """Where a run takes place: flags and their errors, the sbatch text, processes here. Jobs on a SLURM: tests/slurm."""
 
+import itertools
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +30,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder first on PATH, with a squeue that says what is in the file `state`, and a scontrol that notes its calls."""
+    for name, text in (("squeue", f'cat "{tmp_path}/state"'), ("scontrol", f'echo "$@" >> "{tmp_path}/called"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
@@ -69,6 +81,14 @@ def test_without_slurm_here_the_message_says_so(
     error = error_of(capsys, "--slurm", *LISTS, "OUTPUT_DIR", str(tmp_path / "run"))
     assert error == "error: --slurm needs sbatch, which is not on PATH; log in to a node of the cluster\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made(shell: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shell / "sbatch").symlink_to("squeue")
+    (shell / "srun").symlink_to("squeue")
+    (tmp_path / "file").write_text("")
+    error = error_of(capsys, "--slurm", *LISTS, "OUTPUT_DIR", str(tmp_path / "file/run"))
+    assert "file/run/slurm/" in error and "cannot be made (Not a directory)" in error
 
 
 def test_ranks_do_not_start_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,16 +167,6 @@ def test_the_sbatch_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder first on PATH, with a squeue that says what is in the file `state`, and a scontrol that notes its calls."""
-    for name, text in (("squeue", f'cat "{tmp_path}/state"'), ("scontrol", f'echo "$@" >> "{tmp_path}/called"')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     "status,state,restarts,failed,ends,requeued,said",
     [
@@ -199,9 +209,8 @@ def test_a_job_is_followed_through_a_restart_to_its_failure(
     (tmp_path / "7_0_log.out").write_text("step 4\n")
     (tmp_path / "7_1_log.err").write_text("Traceback\nValueError: no\n")
     (tmp_path / "7_1_failed").write_text("1")
-    clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(launch.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
     assert launch._follow("7", tmp_path, 1) == 1
     said = capsys.readouterr()
     assert [line for line in said.out.splitlines() if line.startswith("job")] == [f"job 7: {s.lower()}" for s in states]
