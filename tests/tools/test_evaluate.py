@@ -463,6 +463,8 @@ def test_a_sweep_over_checkpoints_is_one_array(
     seen = []
     monkeypatch.setattr(evaluate.launch, "_submit", lambda request, script, jobs: seen.append((script, jobs)) or 0)
     run("--cfg", CONFIG, "--checkpoint", networks[0], "--average", "logits", *flags, *overrides(data))
+    asked = ["--cfg", CONFIG, "--checkpoint", networks[0], *flags, "--report", "page.html", *overrides(data)]
+    assert "--report page.html: 2 tests would write to that one page" in run(*asked, status=2)[1]
     ((script, jobs),) = seen
     assert script == ROOT / "tools/evaluate.py" and [job.output.name for job in jobs] == ["0", "1"]
     expected = [["--checkpoint", str(path), "--average", "logits"] for path in networks]
