@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -106,7 +107,10 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         if num_workers:
-            atexit.register(_end_workers)
+            # An exception that ends the process still holds its loaders, and multiprocessing would wait for their workers
+            # for ever, since these ignore the SIGTERM that it sends.
+            atexit.unregister(_kill_workers)
+            atexit.register(_kill_workers)
         self.batch_sampler, self.path_of, self.timeout_s = batches, path_of, timeout_s
         self.watched = Watched(dataset, num_workers)
         self.loader = DataLoader(
@@ -131,8 +135,7 @@ class Loader:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader "):
                 raise  # an exception in a dataset; what follows is about the workers themselves
-            for process in multiprocessing.active_children():
-                process.kill()  # the run ends here, and a worker that hangs in native code answers to nothing else
+            _kill_workers()  # the run ends here, and a worker that hangs in native code answers to nothing else
             hanging = "timed out" in str(error)
             what = f"no batch within DATA.TIMEOUT_S {self.timeout_s:g} s" if hanging else "a decoding worker died"
             raise LoaderError(f"{what}; {self._reading()}") from error
@@ -155,13 +158,18 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers() -> None:
-    """At the end of a process that an exception ends, the exception still holds its loaders; multiprocessing would wait
-    for their workers for ever, since these ignore the SIGTERM that it sends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+def _kill_workers() -> None:
+    """Of all loaders; returns when they are gone, or after seconds in which the system could not end them."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    # torch's handler of SIGCHLD raises an error for each, wherever the program has got to by then
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    for process in workers:
+        process.kill()
+    for process in workers:
+        process.join(timeout=5)
+    if in_main:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class Watched(Dataset[Sample]):
