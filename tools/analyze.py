@@ -5,6 +5,9 @@ python tools/analyze.py complexity --cfg CONFIG [--json] [--per-layer] [KEY VALU
     parameters, multiply-adds and activations of one training clip
 python tools/analyze.py clip --cfg CONFIG --index I [--out FILE] [--epochs N] [KEY VALUE ...]
     a picture of exactly what the network is shown of entry I: as training draws it in N epochs, and every test view
+python tools/analyze.py frequency --cfg CONFIG --checkpoint FILE [--against-cfg CONFIG --against-checkpoint FILE]
+        [--list LIST] [--layers A,B] [--maps N] [--out FILE] [--json FILE] [KEY VALUE ...]
+    which frequencies the maps of its stages hold, high and low group apart, beside those of its vanilla twin
 python tools/analyze.py zoo [--write FILE]
     the table of all Kinetics and ImageNet configurations beside the paper's printed numbers
 python tools/analyze.py golden --write FILE
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,20 +27,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
+from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
 from octvideo import build
 from octvideo.analysis.complexity import Complexity
 from octvideo.analysis.contact import contact_sheet
+from octvideo.analysis.frequency import ALL, LOW, LOW_OWN_GRID, VANILLA, LayerError, Spectra, picture, spectra
 from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError, Sample, VideoList
 from octvideo.data.decode import MissingDecoderError
+from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError, write_atomic
+from octvideo.engine.distributed import DistributedError, World, device_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class RequestError(ValueError):
+    """A command line that asks for what cannot be done."""
 
 
 def configs() -> dict[str, Path]:
@@ -121,6 +134,81 @@ def _views(sample: Sample) -> Tensor:
     if sample.error:
         raise ListError(sample.error)
     return sample.clips
+
+
+def frequency(options: argparse.Namespace) -> None:
+    if bool(options.against_cfg) != bool(options.against_checkpoint):
+        raise RequestError("--against-cfg and --against-checkpoint go together: give both or neither")
+    if options.maps < 1:
+        raise RequestError(f"--maps is {options.maps}; allowed: 1 or more")
+    cfg = build.load_config(options.cfg, [*options.overrides, *EAGER])
+    videos = build.video_list(cfg, options.list, training=False) if options.list else build.test_list(cfg)
+    layers = options.layers.split(",") if options.layers else None
+    found = _spectra(cfg, options.checkpoint, videos, layers, options.maps)
+    if options.against_cfg:
+        twin = build.load_config(options.against_cfg, [*_not_of_the_network(options.overrides), *EAGER])
+        if twin.OCTAVE.ALPHA:
+            raise RequestError(f"--against-cfg {options.against_cfg} is octave; give the vanilla twin")
+        if build.takes_images(twin) != build.takes_images(cfg):
+            raise RequestError(f"--against-cfg {options.against_cfg}: one network takes images, the other videos")
+        for layer, groups in _spectra(twin, options.against_checkpoint, videos, list(found), options.maps).items():
+            found[layer] = {VANILLA: groups[ALL], **found[layer]}
+    print(_frequency_table(found))
+    if options.json:
+        numbers = {layer: {group: asdict(one) for group, one in groups.items()} for layer, groups in found.items()}
+        write_atomic(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
+    content = io.BytesIO()
+    picture(found).quantize(256, Image.Quantize.FASTOCTREE).save(content, "PNG", optimize=True)
+    write_atomic(options.out, content.getvalue())
+    print(f"{options.out}: energy over frequency of {', '.join(found)}")
+
+
+def _not_of_the_network(overrides: Sequence[str]) -> list[str]:
+    """What holds for the vanilla twin too: where videos are and how they are read, but not what the network is."""
+    pairs = zip(overrides[0::2], overrides[1::2], strict=True)
+    return [text for key, value in pairs if not key.startswith(("MODEL.", "OCTAVE.")) for text in (key, value)]
+
+
+def _spectra(cfg: CfgNode, path: Path, videos: VideoList, layers: Sequence[str] | None, maps: int) -> Spectra:
+    """Of the middle clip and crop of videos in random order, the same for every network with the same SEED."""
+    device = device_of(cfg.DEVICE, World())
+    if device.type == "cpu":
+        build.use_threads(cfg, World())
+    model, state = build.network(cfg), checkpoint.load(path)
+    checkpoint.load_weights(model, state.get("ema", state["model"]), path)
+    build.place(cfg, model, device).eval()
+    samples, prepare = build.eval_samples(cfg, videos, 1, 1), build.prepare_clips(cfg)
+    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(cfg.SEED)).tolist()
+    inputs = (prepare(_views(samples[index]).to(device)) for index in order)
+    per_input = max(MAPS_PER_CLIP, math.ceil(maps / len(videos)))
+    return spectra(model, inputs, layers=layers, maps=maps, per_input=per_input, seed=cfg.SEED)
+
+
+def _frequency_table(found: Spectra) -> str:
+    rows = []
+    for layer, groups in found.items():
+        for group, one in groups.items():
+            space, time = one.space, one.time
+            row = [layer, group, " x ".join(map(str, one.own)), f"{space.count:,}", f"{space.even:,}"]
+            row += map(_percent, (space.mean, space.below_half_with_mean, space.below_half, space.white))
+            rows.append(row + ([_percent(time.below_half), _percent(time.white)] if time else []))
+    header = ["layer", "group", "map", "maps", "even", "mean %", "low % with mean", "low %", "white %"]
+    header += ["time: low %", "white %"] if len(rows[0]) > len(header) else []
+    align = ("left", "left", *["right"] * (len(header) - 2))
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align) + FREQUENCY_NOTE
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+EAGER = ("MODEL.COMPILE", "False")  # its layers are listened to
+MAPS_PER_CLIP = 50  # at least, so that a long list is not read to its end
+FREQUENCY_NOTE = f"""
+
+mean: the mean's share of a map's energy. low: the share below half of Nyquist, of what varies unless "with mean"; white:
+the same of white noise. {LOW}: upsampled to the high map, as the network uses it. {LOW_OWN_GRID}: as it is stored, below
+half of its own Nyquist. Means over maps, each over its own energy; even ones are left out."""
 
 
 def zoo(options: argparse.Namespace) -> None:
@@ -220,13 +308,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--per-layer", action="store_true", help="every layer, per frequency")
     one.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     one.set_defaults(run=complexity)
-    picture = commands.add_parser("clip", help="what the network is shown")
-    picture.add_argument("--cfg", required=True, metavar="CONFIG")
-    picture.add_argument("--index", type=int, required=True, metavar="I", help="entry of the list, from 0")
-    picture.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default clip_I.png)")
-    picture.add_argument("--epochs", type=int, default=3, metavar="N", help="training draws to show (default 3)")
-    picture.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    picture.set_defaults(run=clip)
+    shown = commands.add_parser("clip", help="what the network is shown")
+    shown.add_argument("--cfg", required=True, metavar="CONFIG")
+    shown.add_argument("--index", type=int, required=True, metavar="I", help="entry of the list, from 0")
+    shown.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default clip_I.png)")
+    shown.add_argument("--epochs", type=int, default=3, metavar="N", help="training draws to show (default 3)")
+    shown.add_argument("overrides", nargs="*", metavar="KEY VALUE")
+    shown.set_defaults(run=clip)
+    spectrum = commands.add_parser("frequency", help="which frequencies activation maps hold")
+    spectrum.add_argument("--cfg", required=True, metavar="CONFIG")
+    spectrum.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="its weights")
+    spectrum.add_argument("--against-cfg", metavar="CONFIG", help="the vanilla twin, shown beside it")
+    spectrum.add_argument("--against-checkpoint", type=Path, metavar="FILE", help="the twin's weights")
+    spectrum.add_argument("--list", metavar="LIST", help="videos or images (default: DATA.TEST_LIST, else VAL_LIST)")
+    spectrum.add_argument("--layers", metavar="A,B", help="names of modules (default: stages of two frequencies)")
+    spectrum.add_argument(
+        "--maps", type=int, default=10_000, metavar="N", help="of each group and layer (default 10000)"
+    )
+    spectrum.add_argument("--out", type=Path, default=Path("frequency.png"), metavar="FILE", help="PNG to write")
+    spectrum.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
+    spectrum.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="MODEL. and OCTAVE. keys not of the twin")
+    spectrum.set_defaults(run=frequency)
     table = commands.add_parser("zoo", help="the table of configurations")
     table.add_argument("--write", type=Path, metavar="FILE")
     table.set_defaults(run=zoo)
@@ -236,7 +338,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ConfigError, ListError, MissingDecoderError, CheckpointError) as error:
+    except (
+        RequestError,
+        LayerError,
+        ConfigError,
+        ListError,
+        MissingDecoderError,
+        CheckpointError,
+        DistributedError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
