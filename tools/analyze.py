@@ -141,6 +141,9 @@ def frequency(options: argparse.Namespace) -> None:
         raise RequestError("--against-cfg and --against-checkpoint go together: give both or neither")
     if options.maps < 1:
         raise RequestError(f"--maps is {options.maps}; allowed: 1 or more")
+    for path in filter(None, (options.out, options.json)):
+        if not path.parent.is_dir():
+            raise RequestError(f"{path}: no folder {path.parent} to write to; make it or give another")
     cfg = build.load_config(options.cfg, [*options.overrides, *EAGER])
     videos = build.video_list(cfg, options.list, training=False) if options.list else build.test_list(cfg)
     layers = options.layers.split(",") if options.layers else None

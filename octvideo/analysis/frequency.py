@@ -112,12 +112,12 @@ def _below_half(size: int) -> Tensor:
 
 
 def white_power(own: int, grid: int) -> Tensor:
-    """float64 [grid]: |FFT|^2 to be expected of white noise along one direction, upsampled from `own` to `grid` values.
+    """float64 [grid]: |FFT|^2 to be expected of white noise of variance 1, upsampled from `own` to `grid` values.
 
-    The mean over unit impulses: white noise has the same expectation in every orthonormal basis.
+    The values are independent, so it is the sum of |FFT|^2 of each alone. In two directions it is a product.
     """
     impulses = upsample(torch.eye(own, dtype=torch.float64)[None], (grid,))[0]
-    return torch.fft.fft(impulses, norm="forward").abs().square().mean(dim=0)
+    return torch.fft.fft(impulses, norm="forward").abs().square().sum(dim=0)
 
 
 @dataclass
@@ -253,7 +253,7 @@ def spectra(
     """
     if model.training:
         raise ValueError("the model is in training mode; call eval() first")
-    names = list(layers) if layers else stages(model)
+    names = list(dict.fromkeys(layers or stages(model)))
     modules = {name: _module(model, name) for name in names}
     groups: dict[str, dict[str, _Group]] = {name: {} for name in names}
     dims = 0
