@@ -193,10 +193,10 @@ def _frequency_table(found: Spectra) -> str:
         for group, one in groups.items():
             space, time = one.space, one.time
             row = [layer, group, " x ".join(map(str, one.own)), f"{space.count:,}", f"{space.even:,}"]
-            row += map(_percent, (space.mean, space.below_half_with_mean, space.below_half, space.white))
+            row += map(_percent, (space.below_half, space.white, space.mean, space.below_half_with_mean))
             rows.append(row + ([_percent(time.below_half), _percent(time.white)] if time else []))
-    header = ["layer", "group", "map", "maps", "even", "mean %", "low % with mean", "low %", "white %"]
-    header += ["time: low %", "white %"] if len(rows[0]) > len(header) else []
+    header = ["layer", "group", "map", "maps", "even", "below half %", "white noise %", "mean %", "with it %"]
+    header += ["in time %", "white noise %"] if len(rows[0]) > len(header) else []
     align = ("left", "left", *["right"] * (len(header) - 2))
     return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align) + FREQUENCY_NOTE
 
@@ -209,9 +209,10 @@ EAGER = ("MODEL.COMPILE", "False")  # its layers are listened to
 MAPS_PER_CLIP = 50  # at least, so that a long list is not read to its end
 FREQUENCY_NOTE = f"""
 
-mean: the mean's share of a map's energy. low: the share below half of Nyquist, of what varies unless "with mean"; white:
-the same of white noise. {LOW}: upsampled to the high map, as the network uses it. {LOW_OWN_GRID}: as it is stored, below
-half of its own Nyquist. Means over maps, each over its own energy; even ones are left out."""
+Below half: the share of what varies in a map that is below half of Nyquist; in time: the same along frames. White noise:
+the same of noise. Mean: its share of a map's energy; with it: the share below half with the mean counted.
+{LOW}: upsampled to the high map, as the network adds it there. {LOW_OWN_GRID}: as it is stored, below half of its OWN
+Nyquist. All are means over maps, each over its own energy; even maps are left out."""
 
 
 def zoo(options: argparse.Namespace) -> None:

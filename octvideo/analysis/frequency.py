@@ -5,7 +5,7 @@ energy, so that loud channels do not outweigh the others; then the mean over map
 
 Square rings, since what a grid of half the size can hold is a square, exactly the one below half of Nyquist. No window:
 it would smear one ring into the next, and a map of 8 x 8 has only four. What a map's opposite edges differ by leaks into
-high frequencies instead, in all groups alike. The mean (frequency 0) is most of the energy behind a ReLU and no pattern:
+high frequencies instead, in all groups alike. The mean (frequency 0) is much of the energy behind a ReLU and no pattern:
 it is left out of the curves, and shares are given without it and with it.
 """
 
