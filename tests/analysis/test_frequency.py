@@ -118,6 +118,7 @@ def test_shares_are_of_each_map_s_own_energy() -> None:
 def test_even_maps_are_counted_and_left_out() -> None:
     maps = noise(10, 8, 8)
     maps[3], maps[7] = 0, 0.1
+    maps[7, 2, 2] = float(torch.tensor(0.1).nextafter(torch.tensor(1.0)))  # what float32 leaves of an even map
     found = profile(maps)
     assert (found.count, found.even) == (10, 2)
     assert found.energy == profile(maps[[0, 1, 2, 4, 5, 6, 8, 9]]).energy
@@ -236,6 +237,18 @@ def test_the_stages_of_networks(name: str, alpha: float, expected: list[str], gr
     assert all(group.space.count == 20 and group.space.below_half is not None for group in one.values())
     assert (next(iter(one.values())).time is None) == (name == "resnet_tiny")
     assert isinstance(picture(found), Image.Image)
+
+
+def test_layers_by_name() -> None:
+    model = create(with_octave(NETWORKS["i3d_tiny"](5), 0.25)).eval()
+    x, layers = [noise(1, 3, 8, 32, 32).float()], ["stages.res3", "stages.res5", "stages.res3"]
+    found = spectra(model, x, layers=layers)
+    assert {name: list(groups) for name, groups in found.items()} == {
+        "stages.res3": [HIGH, LOW, LOW_OWN_GRID],
+        "stages.res5": [ALL],  # of one frequency, kept since it was asked for
+    }
+    assert found["stages.res3"][LOW].space.count == 50  # once, though named twice
+    assert found["stages.res3"][LOW].time and not found["stages.res3"][LOW_OWN_GRID].time  # it would repeat LOW's
 
 
 def test_slowfast_has_stages_in_both_pathways() -> None:
