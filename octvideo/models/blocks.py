@@ -244,6 +244,8 @@ def initialize(modules: Sequence[nn.Module]) -> None:
     convolution, and has no such gamma.
     """
     for module in modules:
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue  # a structure without values, built to be counted; torch draws them in Python there, slowly
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, Bottleneck) and not module.preactivation:
