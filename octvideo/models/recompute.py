@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.fx
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,9 +34,10 @@ def checkpoint_activations(model: nn.Module) -> None:
     """From now on, keep of each block of `model`'s stages its input alone for the backward pass, and compute it again there.
 
     Every number stays bit for bit the same, norms' running statistics and dropout among them.
-    Raises TypeError for a model without `Blocks`.
+    Raises TypeError for a model without `Blocks`, or one whose forward passes them by (`octvideo.octave.octavize`).
     """
-    stages = [module for module in model.modules() if isinstance(module, Blocks)]
+    traced = isinstance(model, torch.fx.GraphModule)
+    stages = [] if traced else [module for module in model.modules() if isinstance(module, Blocks)]
     if not stages:
         raise TypeError(f"{type(model).__name__} has no Blocks, whose activations could be computed again")
     for blocks in stages:

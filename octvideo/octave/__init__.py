@@ -2,6 +2,7 @@
 
 from octvideo.octave.attention import GlobalReasoning, NonLocal
 from octvideo.octave.conv import OctConv2d, OctConv3d
+from octvideo.octave.convert import ConversionError, OctaveNetwork, octavize
 from octvideo.octave.feature import (
     Feature,
     Octave,
@@ -24,6 +25,7 @@ from octvideo.octave.layers import (
 )
 
 __all__ = [
+    "ConversionError",
     "Feature",
     "GlobalReasoning",
     "NonLocal",
@@ -34,6 +36,7 @@ __all__ = [
     "OctMaxPool2d",
     "OctMaxPool3d",
     "Octave",
+    "OctaveNetwork",
     "Parts",
     "SqueezeExcite",
     "average_pool",
@@ -41,6 +44,7 @@ __all__ = [
     "concatenate",
     "global_average_pool",
     "lift",
+    "octavize",
     "split_channels",
     "synchronize_norms",
     "upsample",

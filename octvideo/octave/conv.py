@@ -173,7 +173,8 @@ class _OctConv(_ConvNd):
         to_high = tuple(max(s // p, 1) for s, p in zip(self._pooled, self.pool, strict=True))
         if to_high == self._pooled and self.groups == 1:
             both = self._convolve(average_pool(low, self._pooled), weight, bias)
-            from_low = both.split((self.out_high, self.out_low), dim=1)
+            # slices, not split's views, which refuse an operation in place behind this layer
+            from_low = tuple(both[:, part] for part in (slice(self.out_high), slice(self.out_high, None)))
         else:
             biases = (None, None) if bias is None else bias.split((self.out_high, self.out_low))
             weights = weight.split((self.out_high, self.out_low))

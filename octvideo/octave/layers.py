@@ -47,12 +47,15 @@ class _OctBatchNorm(_BatchNorm):
         parts: Parts | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.high, self.low = split_channels(num_features, alpha)
+        self._split(alpha, parts)
+
+    def _split(self, alpha: float, parts: Parts | None) -> None:
+        self.high, self.low = split_channels(self.num_features, alpha)
         if parts is not None:
             self.high, self.low = sum(high for high, _ in parts), sum(low for _, low in parts)
-            if self.high + self.low != num_features:
-                raise ValueError(f"{type(self).__name__}: parts {parts} do not add up to {num_features} channels")
-        self.alpha = self.low / num_features if parts else float(alpha)
+            if self.high + self.low != self.num_features:
+                raise ValueError(f"{type(self).__name__}: parts {parts} do not add up to {self.num_features} channels")
+        self.alpha = self.low / self.num_features if parts else float(alpha)
         self.register_buffer("order", channel_order(parts or ((self.high, self.low),)), persistent=False)
 
     def forward(self, x: Feature, *, high_only: bool = False) -> Feature:  # type: ignore[override]
