@@ -44,7 +44,11 @@ def trace(model: nn.Module, example_input: Any, keep: tuple[str, ...] = ()) -> f
     Raises ConversionError where forward cannot be followed, or takes other steps in training than in evaluation.
     """
     shape = _on_meta(model)
-    evaluation, training = (_trace(shape, example_input, keep, mode) for mode in (False, True))
+    try:
+        evaluation, training = (_trace(model, shape, example_input, keep, mode) for mode in (False, True))
+    except ConversionError as error:
+        _refuse_input(model, example_input)
+        raise error
     _follow_training(evaluation, training)
     return evaluation
 
@@ -62,9 +66,11 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _trace(model: nn.Module, example_input: Any, keep: tuple[str, ...], training: bool) -> fx.Graph:
+def _trace(
+    original: nn.Module, model: nn.Module, example_input: Any, keep: tuple[str, ...], training: bool
+) -> fx.Graph:
     model.train(training)
-    tracer = _Tracer(example_input, keep)
+    tracer = _Tracer(original, example_input, keep)
     arguments = None
     if not isinstance(example_input, Tensor):
         first = next(iter(inspect.signature(model.forward).parameters))
@@ -72,21 +78,18 @@ def _trace(model: nn.Module, example_input: Any, keep: tuple[str, ...], training
     try:
         return tracer.trace(model, arguments)
     except Exception as error:
-        _refuse_input(model, example_input, error)
         module = tracer.failed or ""
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise ConversionError(_complaint(what, module, _line_of(error), model)) from error
 
 
-def _refuse_input(model: nn.Module, example_input: Any, error: Exception) -> None:
-    """Where the network fails on the example by itself, it is not for us to blame a module."""
+def _refuse_input(model: nn.Module, example_input: Any) -> None:
+    """Where the network fails on the example by itself, no module is to be blamed."""
     try:
         with torch.no_grad():
-            model.eval()(pytree.tree_map(_to_meta, example_input))
-    except type(error) as own:
-        if str(own) != str(error):
-            return
-        raise ConversionError(f"the network itself fails on example_input: {own} ({_line_of(own)})") from error
+            copy.deepcopy(model).eval()(copy.deepcopy(example_input))
+    except Exception as own:
+        raise ConversionError(f"the network itself fails on example_input: {own} ({_line_of(own)})") from own
 
 
 def _complaint(what: str, module: str, line: str, model: nn.Module) -> str:
@@ -133,8 +136,9 @@ def _two_ways(here: fx.Node, there: fx.Node) -> str:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, example_input: Any, keep: tuple[str, ...]) -> None:
+    def __init__(self, original: nn.Module, example_input: Any, keep: tuple[str, ...]) -> None:
         super().__init__()
+        self.original = original
         self.keep = keep
         self.inputs = iter(pytree.tree_map(_to_meta, pytree.tree_leaves(example_input)))
         self.path: list[str] = []
@@ -197,6 +201,8 @@ class _Tracer(fx.Tracer):
                 return node.target(*args, **kwargs)  # type: ignore[operator]
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.meta["opaque"]:
+                return self._kept_value(str(node.target), args, kwargs)
             # In evaluation: the shapes are the same, and a norm takes a batch of one.
             module = self.root.get_submodule(str(node.target))
             training = module.training
@@ -205,6 +211,21 @@ class _Tracer(fx.Tracer):
             return value
         finally:
             self.evaluating = False
+
+    def _kept_value(self, name: str, args: Any, kwargs: Any) -> Any:
+        """A kept module may need numbers, which the meta device has not: it gets random ones."""
+        module = copy.deepcopy(self.original.get_submodule(name)).eval()
+        device = next((t.device for t in (*self.original.parameters(), *self.original.buffers())), torch.device("cpu"))
+
+        def filled(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            random = torch.rand(value.shape, device=device)
+            return random.to(value.dtype)
+
+        with torch.random.fork_rng(devices=[]):
+            out = module(*pytree.tree_map(filled, args), **pytree.tree_map(filled, kwargs))
+        return pytree.tree_map(_to_meta, out)
 
 
 class _Proxy(fx.Proxy):
