@@ -174,7 +174,7 @@ class _OctConv(_ConvNd):
         if to_high == self._pooled and self.groups == 1:
             both = self._convolve(average_pool(low, self._pooled), weight, bias)
             # slices, not split's views, which refuse an operation in place behind this layer
-            from_low = tuple(both[:, part] for part in (slice(self.out_high), slice(self.out_high, None)))
+            from_low: tuple[Tensor, ...] = (both[:, : self.out_high], both[:, self.out_high :])
         else:
             biases = (None, None) if bias is None else bias.split((self.out_high, self.out_low))
             weights = weight.split((self.out_high, self.out_low))

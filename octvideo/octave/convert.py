@@ -89,21 +89,26 @@ class OctaveNetwork(fx.GraphModule):
 
     report: ConversionReport
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, report: ConversionReport | None = None) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, report: ConversionReport) -> None:
         super().__init__(root, graph, class_name="OctaveNetwork")
         # All of the network, also what its forward never used, in its own order: so the state dict is the same.
         for store in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[store] = root.__dict__[store]
         self.training = root.training
-        if report is not None:
-            self.report = report
+        self.report = report
+
+    def _parts(self) -> tuple[nn.Module, fx.Graph, ConversionReport]:
+        root = nn.Module()
+        root.__dict__.update({name: self.__dict__[name] for name in root.__dict__})
+        return root, self.graph, self.report
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OctaveNetwork:
-        root = nn.Module()
-        root.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k in vars(nn.Module())})
-        twin = OctaveNetwork(root, copy.deepcopy(self.graph, memo), self.report)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = OctaveNetwork(*copy.deepcopy(self._parts(), memo))
         return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        root, graph, report = self._parts()
+        return OctaveNetwork, (root, copy.deepcopy(graph), report)  # a copy has no owner to lead back here
 
 
 def octavize(

@@ -269,6 +269,8 @@ class Rewriter:
             self.env[node] = steps[kind](node) if lifted and kind in steps else self.plain(node)
             if isinstance(self.env[node], Two) or any(n in self.behind for n in node.all_input_nodes):
                 self.behind.add(node)
+        for node in self.new.nodes:
+            node.type, node.meta = None, {}  # annotations of the source may be mere text; meta has served
         self.new.lint()
         return self.new
 

@@ -137,7 +137,9 @@ def _two_ways(here: fx.Node, there: fx.Node) -> str:
 
 class _Tracer(fx.Tracer):
     def __init__(self, original: nn.Module, example_input: Any, keep: tuple[str, ...]) -> None:
-        super().__init__()
+        # No module of Python's is wrapped: math.ceil has the example's number, and torch.compile, should it load in the
+        # meantime, does not take the wrapper for the function.
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.original = original
         self.keep = keep
         self.inputs = iter(pytree.tree_map(_to_meta, pytree.tree_leaves(example_input)))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -182,6 +183,19 @@ def test_a_deep_copy_is_whole_and_apart() -> None:
     assert torch.equal(twin(x), converted(x)) and str(twin.report) == str(converted.report)
     nn.init.zeros_(twin.fc.weight)
     assert not torch.equal(twin(x), converted(x))
+
+
+def test_it_can_be_pickled() -> None:
+    converted, x = octavize(Everything().eval(), 0.5, torch.randn(1, 3, 32, 32), min_size=4), torch.randn(2, 3, 32, 32)
+    twin = pickle.loads(pickle.dumps(converted))
+    assert torch.equal(twin(x), converted(x)) and str(twin.report) == str(converted.report)
+
+
+def test_it_compiles_and_exports_in_one_graph() -> None:
+    converted, x = octavize(Everything().eval(), 0.5, torch.randn(1, 3, 32, 32), min_size=4), torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(converted, (x,)).module()
+    assert torch.equal(exported(x), converted(x))
+    assert torch._dynamo.explain(converted)(x).graph_break_count == 0
 
 
 def test_hooks_stay() -> None:
