@@ -60,6 +60,16 @@ def test_the_readme_s_python_runs() -> None:
     assert scope["logits"].shape == (1, 400)
 
 
+@pytest.mark.usefixtures("importable_torchvision")
+def test_the_python_of_octavize_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision", reason="pip install --no-deps -r tests/peers.txt")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/octavize.md").read_text(), re.S)
+    scope: dict = {}
+    exec(block, scope)
+    assert scope["logits"].shape == (2, 5)
+    assert "layer3.1.conv1" in capsys.readouterr().out
+
+
 def test_the_readme_s_yaml_is_a_config(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     content = yaml.safe_load(block)
