@@ -6,6 +6,7 @@ The only library file that reads a configuration.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import shutil
@@ -53,11 +54,12 @@ from octvideo.models import (
     Spec,
     checkpoint_activations,
     create,
+    factory,
     feature_sizes,
     with_octave,
     with_pool_padding,
 )
-from octvideo.octave import synchronize_norms
+from octvideo.octave import octavize, synchronize_norms
 
 
 def _is_image_network(spec: Spec) -> bool:
@@ -70,10 +72,18 @@ IMAGE_NETWORKS = frozenset(name for name, describe in NETWORKS.items() if _is_im
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """A file and KEY VALUE overrides -> a checked configuration. Raises ConfigError listing every problem at once."""
     cfg, problems = config.read(path, overrides)
+    image_networks = IMAGE_NETWORKS
+    if cfg.MODEL.FACTORY:
+        try:
+            image_networks = frozenset([cfg.MODEL.FACTORY] if takes_images(cfg) else [])
+        except ValueError as error:
+            problems.append(f"MODEL.FACTORY is {error}")
     problems += config.check(
-        cfg, networks=NETWORKS, image_networks=IMAGE_NETWORKS, decoders=BACKENDS, policies=POLICIES, shorts=SHORT
+        cfg, networks=NETWORKS, image_networks=image_networks, decoders=BACKENDS, policies=POLICIES, shorts=SHORT
     )
-    if not problems:
+    if not problems and cfg.MODEL.FACTORY:
+        problems += _factory_problems(cfg)
+    elif not problems:
         problems += _shape_problems(cfg)
     if problems:
         raise ConfigError(str(path), problems)
@@ -123,9 +133,45 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
     return problems
 
 
+def _factory_problems(cfg: CfgNode) -> list[str]:
+    """Does the network convert, take the crops and give logits of the classes?"""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            structure = copy.deepcopy(_factory_network(cfg)).to("meta").eval()
+    except ValueError as error:
+        return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: {error}"]
+    problems = []
+    for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
+        try:
+            with torch.no_grad():
+                logits = structure(torch.empty(1, *clip_size(cfg, crop), device="meta"))
+        except (RuntimeError, ValueError) as error:
+            problems.append(f"{key} is {crop}: {cfg.MODEL.FACTORY} does not take {clip_size(cfg, crop)}: {error}")
+            continue
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, cfg.MODEL.NUM_CLASSES):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            problems.append(
+                f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: its network gives {got} for one clip, not logits "
+                f"(1, {cfg.MODEL.NUM_CLASSES})"
+            )
+    return problems
+
+
 def takes_images(cfg: CfgNode) -> bool:
     """Does the network take images?"""
+    if cfg.MODEL.FACTORY:
+        return _factory_takes_images(cfg.MODEL.FACTORY, cfg.MODEL.NUM_CLASSES)
     return cfg.MODEL.NAME in IMAGE_NETWORKS
+
+
+@lru_cache(maxsize=4)
+def _factory_takes_images(name: str, num_classes: int) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        return factory.takes_images(factory.from_factory(name, num_classes))
+
+
+def network_name(cfg: CfgNode) -> str:
+    return cfg.MODEL.FACTORY or cfg.MODEL.NAME
 
 
 def network_spec(cfg: CfgNode) -> Spec:
@@ -135,18 +181,34 @@ def network_spec(cfg: CfgNode) -> Spec:
         spec = replace(spec, slow_frames=cfg.DATA.POLICY)
     elif isinstance(spec, ResNetSpec):
         spec = replace(spec, nonlocal_form=cfg.MODEL.NONLOCAL_FORM)
-    pool = cfg.OCTAVE.POOL[1:] if takes_images(cfg) else cfg.OCTAVE.POOL
-    return with_octave(spec, cfg.OCTAVE.ALPHA, pool=pool, ratios=cfg.OCTAVE.RATIOS)
+    return with_octave(spec, cfg.OCTAVE.ALPHA, pool=octave_pool(cfg), ratios=cfg.OCTAVE.RATIOS)
 
 
 def network(cfg: CfgNode) -> nn.Module:
     """The network with weights drawn from SEED, on the CPU (or wherever torch.device says)."""
     torch.manual_seed(cfg.SEED)
-    return create(network_spec(cfg))
+    return _factory_network(cfg) if cfg.MODEL.FACTORY else create(network_spec(cfg))
+
+
+def _factory_network(cfg: CfgNode) -> nn.Module:
+    model = factory.from_factory(cfg.MODEL.FACTORY, cfg.MODEL.NUM_CLASSES)
+    alpha = list(cfg.OCTAVE.RATIOS) or cfg.OCTAVE.ALPHA
+    if not cfg.OCTAVE.ALPHA and not any(cfg.OCTAVE.RATIOS):
+        return model
+    clip = torch.zeros(1, *clip_size(cfg, cfg.DATA.TRAIN_CROP))
+    return octavize(model, alpha, clip, pool=octave_pool(cfg), share=True)
+
+
+def octave_pool(cfg: CfgNode) -> tuple[int, ...]:
+    """The factor between the frequencies in the network's own dimensions."""
+    return tuple(cfg.OCTAVE.POOL[1:] if takes_images(cfg) else cfg.OCTAVE.POOL)
 
 
 def cost(cfg: CfgNode, crop: int) -> Complexity:
     """What the network costs for one clip of this crop."""
+    if cfg.MODEL.FACTORY:
+        with torch.random.fork_rng(devices=[]):
+            return complexity(_factory_network(cfg), clip_size(cfg, crop))
     return complexity(_structure(network_spec(cfg)), clip_size(cfg, crop))
 
 
@@ -506,7 +568,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     if cfg.TRAIN.DTYPE == "bfloat16" and device.type == "cpu":
         # torch 2.13 (oneDNN): the weight gradient of a kernel longer in time than the map reads memory nobody wrote
         problem = "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, float16 or a GPU"
-        raise ConfigError(cfg.MODEL.NAME, [problem])
+        raise ConfigError(network_name(cfg), [problem])
     classes = class_names(cfg, cfg.DATA.TRAIN_LIST)
     videos = video_list(cfg, cfg.DATA.TRAIN_LIST, training=True)
     clips = train_loader(cfg, videos, world, device)
@@ -637,7 +699,7 @@ def _facts(cfg: CfgNode, path: Path, state: dict[str, Any], result: Evaluation, 
         "params": clip.params,
         "input": list(clip.input),
         "clips_per_s": round(result.clips_per_s, 2),
-        "model": cfg.MODEL.NAME,
+        "model": network_name(cfg),
         "alpha": cfg.OCTAVE.ALPHA,
         "checkpoint": str(path),
         "epoch": state["epoch"],
@@ -783,11 +845,10 @@ def _announce(run: _Run, videos: int, steps: int) -> None:
     cfg, log, world, device, progress = run.cfg, run.log, run.world, run.device, run.progress
     batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg, steps)
     clip = cost(cfg, cfg.DATA.TRAIN_CROP)
-    pool = tuple(cfg.OCTAVE.POOL[1:] if takes_images(cfg) else cfg.OCTAVE.POOL)
-    octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {pool}" if cfg.OCTAVE.ALPHA else "vanilla"
+    octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {octave_pool(cfg)}" if cfg.OCTAVE.ALPHA else "vanilla"
     kind, unit = ("images", "images") if takes_images(cfg) else ("videos", "clips")
     log.say(
-        f"{cfg.MODEL.NAME} ({octave}): {clip.params / 1e6:.3f} M parameters, "
+        f"{network_name(cfg)} ({octave}): {clip.params / 1e6:.3f} M parameters, "
         f"{clip.macs.total / 1e9:.3f} G multiply-adds"
     )
     log.say(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ def defaults() -> CfgNode:
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.NAME = "i3d_r50"  # a name in octvideo.models.zoo.NETWORKS
+    # In place of NAME: package.module:function, which gives any network for num_classes=NUM_CLASSES (docs/octavize.md). It
+    # is imported and called: name only code that you trust. DROPOUT, POOL_PADDING and NONLOCAL_FORM are not its.
+    cfg.MODEL.FACTORY = ""
     cfg.MODEL.NUM_CLASSES = 400  # labels are 0 .. NUM_CLASSES - 1
     cfg.MODEL.DROPOUT = 0.5  # before the classifier, 0 to below 1
     cfg.MODEL.POOL_PADDING = 1  # of the stem's max-pool: 1 (PySlowFast, pytorchvideo) or 0 (the paper's counts)
@@ -174,10 +178,11 @@ def check(
 ) -> list[str]:
     """Every problem among the values, each with the value and the legal ones. Changes nothing.
 
-    image_networks: those of `networks` that take images.
+    image_networks: those of `networks` that take images; MODEL.FACTORY itself where its network does.
     """
     problems: list[str] = []
-    images = cfg.MODEL.NAME in image_networks
+    name = cfg.MODEL.FACTORY or cfg.MODEL.NAME
+    images = name in image_networks
 
     def require(good: bool, key: str, allowed: str) -> None:
         if not good:
@@ -195,6 +200,17 @@ def check(
 
     one_of("DEVICE", ["auto", "cpu", "cuda"])
     one_of("MODEL.NAME", networks)
+    named = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", cfg.MODEL.FACTORY)
+    require(not cfg.MODEL.FACTORY or bool(named), "MODEL.FACTORY", "package.module:function")
+    if cfg.MODEL.FACTORY:
+        why = "with MODEL.FACTORY, whose network has none of the blocks that are computed again"
+        require(not cfg.TRAIN.CHECKPOINT_ACTIVATIONS, "TRAIN.CHECKPOINT_ACTIVATIONS", f"False {why}")
+        own = cfg.OCTAVE.ALPHA or any(cfg.OCTAVE.RATIOS)
+        require(
+            not cfg.TRAIN.SYNC_NORM or own,
+            "TRAIN.SYNC_NORM",
+            "False with MODEL.FACTORY unless OCTAVE.ALPHA makes its norms ours",
+        )
     one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
     one_of("SOLVER.SCHEDULE", ["cosine", "steps", "iterations"])
     one_of("TRAIN.DTYPE", ["float32", "float16", "bfloat16"])
@@ -241,10 +257,8 @@ def check(
     require(cfg.TEST.CROPS in (1, 3), "TEST.CROPS", "1, 3")
     if images:
         for key in ("TEST.CLIPS", "TEST.CROPS"):
-            require(_get(cfg, key) == 1, key, f"1 for images, which {cfg.MODEL.NAME} takes")
-        require(
-            list(cfg.OCTAVE.POOL) == [1, 2, 2], "OCTAVE.POOL", f"[1, 2, 2] for images, which {cfg.MODEL.NAME} takes"
-        )
+            require(_get(cfg, key) == 1, key, f"1 for images, which {name} takes")
+        require(list(cfg.OCTAVE.POOL) == [1, 2, 2], "OCTAVE.POOL", f"[1, 2, 2] for images, which {name} takes")
     require(0 <= cfg.TRAIN.EMA_DECAY < 1, "TRAIN.EMA_DECAY", "0 to below 1")
     for key, none in (("TRAIN.SYNC_NORM", False), ("TRAIN.PRECISE_NORM_BATCHES", 0)):
         fits = not (_get(cfg, key) and cfg.TRAIN.FREEZE_NORM_STATS)

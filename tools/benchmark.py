@@ -364,7 +364,8 @@ def benchmark_model(options: argparse.Namespace) -> None:
 
 
 def _name(cfg: CfgNode) -> str:
-    return f"{cfg.MODEL.NAME} alpha {cfg.OCTAVE.ALPHA:g}" if cfg.OCTAVE.ALPHA else f"{cfg.MODEL.NAME} vanilla"
+    name = build.network_name(cfg)
+    return f"{name} alpha {cfg.OCTAVE.ALPHA:g}" if cfg.OCTAVE.ALPHA else f"{name} vanilla"
 
 
 def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callable[[], int]:

@@ -399,6 +399,8 @@ def write_outputs(
 def predict(options: argparse.Namespace) -> int:
     files, overrides = split_words(options.words)
     cfg = build.load_config(options.cfg, [*overrides, *_flags_as_overrides(options)])
+    if cfg.MODEL.FACTORY:
+        raise RequestError(f"this reads the head of octvideo's own networks, which {cfg.MODEL.FACTORY}'s is not")
     if options.random_weights and options.checkpoint:
         raise RequestError("--random-weights and --checkpoint contradict each other; give one of them")
     if options.top < 1:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from octvideo.models.densenet import DenseNet
+from octvideo.models.factory import from_factory
 from octvideo.models.mobilenet import MobileNet
 from octvideo.models.recompute import checkpoint_activations
 from octvideo.models.resnet import ResNet
@@ -54,6 +55,7 @@ __all__ = [
     "checkpoint_activations",
     "create",
     "feature_sizes",
+    "from_factory",
     "with_nonlocal",
     "with_octave",
     "with_pool_padding",

@@ -512,3 +512,77 @@ def test_what_a_test_leaves_is_what_evaluate_leaves(trained: tuple[Path, str]) -
 def correct_of_classes(out: Path) -> list[tuple[int, int]]:
     rows = csv.DictReader(io.StringIO((out / "classes.csv").read_text()))
     return [(int(row["correct"]), int(row["videos"])) for row in rows]
+
+
+THEIRS = """
+from torch import nn
+
+def network(num_classes):
+    conv, norm = nn.Conv3d, nn.BatchNorm3d
+    layers = [conv(3, 8, 3, padding=1), norm(8), nn.ReLU(inplace=True), conv(8, 8, 3, padding=1), norm(8), nn.SiLU()]
+    layers += [conv(8, 16, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, num_classes))
+
+def wide(num_classes):
+    return network(7)
+
+def by_value(num_classes):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(num_classes)
+        def forward(self, x):
+            return self.net(x) if x.mean() > 0 else self.net(-x)
+    return Odd()
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def their_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "their_networks.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "their_networks"
+
+
+def test_a_network_of_another_package_trains_octave(videos: Path, tmp_path: Path, their_module: str) -> None:
+    out = tmp_path / "run"
+    factory = ["MODEL.FACTORY", f"{their_module}:network"]
+    said, _ = run(arguments(videos, out, *factory))
+    assert "their_networks:network (octave alpha 0.25, pool (1, 2, 2)): 0.006 M parameters" in said
+    test = json.loads((out / "test.json").read_text())
+    assert test["videos_scored"] == 5 and test["params"] == 5930 and test["model"] == "their_networks:network"
+    octave, vanilla = (
+        build.load_config(ROOT / "configs/motion/oct_i3d_tiny.yaml", [*arguments(videos, out, *factory)[2:], *more])
+        for more in ([], ["OCTAVE.ALPHA", "0.0"])
+    )
+    assert weights(out).keys() == build.network(vanilla).state_dict().keys()
+    assert test["macs"] < build.cost(vanilla, 32).macs.total  # 32 x 32 maps: the two layers behind the first
+    assert build.cost(octave, 32).macs.total == test["macs"]
+
+
+WRONG_FACTORIES = {
+    "no_such_module:network": "MODEL.FACTORY is no_such_module:network: ModuleNotFoundError",
+    "their_networks:missing": "AttributeError: module 'their_networks' has no attribute 'missing'",
+    "their_networks:nothing": "TypeError: 'int' object is not callable; give package.module:function",
+    "their_networks:wide": "its network gives (1, 7) for one clip, not logits (1, 2)",
+    "their_networks:by_value": "`keep` takes parts of a network; this line must change",
+    "network": "MODEL.FACTORY is 'network'; allowed: package.module:function",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FACTORIES)
+def test_a_factory_that_gives_no_such_network_is_named(
+    videos: Path, tmp_path: Path, their_module: str, name: str
+) -> None:
+    _, error = run(arguments(videos, tmp_path / "run", "MODEL.FACTORY", name), status=2)
+    assert error.startswith("error: ") and WRONG_FACTORIES[name] in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_factory_s_network_cannot_do_is_said(videos: Path, tmp_path: Path, their_module: str) -> None:
+    asked = ["MODEL.FACTORY", f"{their_module}:network", "TRAIN.CHECKPOINT_ACTIVATIONS", "True", "OCTAVE.ALPHA", "0.0"]
+    _, error = run(arguments(videos, tmp_path / "run", *asked, "TRAIN.SYNC_NORM", "True"), status=2)
+    assert "TRAIN.CHECKPOINT_ACTIVATIONS is True; allowed: False with MODEL.FACTORY" in error
+    assert "TRAIN.SYNC_NORM is True; allowed: False with MODEL.FACTORY unless OCTAVE.ALPHA" in error
