@@ -77,7 +77,7 @@ class ConversionReport:
         lines.append(["total", "", "", "", f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else ""])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*table, *(f"{n.what}: {n.name}: {n.why} ({n.line})" for n in self.notes)])
+        return "\n".join([*table, *map(str, self.notes)])
 
 
 class OctaveNetwork(fx.GraphModule):
@@ -139,7 +139,8 @@ def octavize(
     concatenations and products with a gate per channel carry two frequencies. Whatever else reads a two-frequency map gets
     it merged: low upsampled, in the vanilla order of channels. `.report` of the result says what, where and why.
     Grouped convolutions (not depthwise ones) join other channels than in the vanilla network, see OctConv2d.
-    Raises ConversionError for a network that cannot be traced, ValueError for an argument that cannot be.
+    Raises ConversionError for a network that cannot be traced or in which nothing converts, ValueError for an argument that
+    cannot be.
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     _check_keep(model, keep)
@@ -155,10 +156,29 @@ def octavize(
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(t): t for t in tensors} if share else {})
     plan = _Plan(graph, twin)
-    rewriter = Rewriter(graph, twin, plan.alphas(alpha, min_size), pool, pool_stride)
+    alphas = plan.alphas(alpha, min_size)
+    rewriter = Rewriter(graph, twin, alphas, pool, pool_stride)
     rewritten = rewriter.run()
     report = ConversionReport(tuple(rewriter.rows), tuple(rewriter.notes), tuple(plan.stages))
+    if any(alphas.values()) or (isinstance(alpha, float | int) and alpha > 0):
+        _require_octave(report, min_size)
     return OctaveNetwork(twin, rewritten, report)
+
+
+def _require_octave(report: ConversionReport, min_size: int) -> None:
+    """A network in which nothing became octave should not pass for one."""
+    if any(row.alpha_in or row.alpha_out for row in report.rows):
+        return
+    reasons = [str(note) for note in report.notes[:3]]
+    if len(report.notes) > 3:
+        reasons.append(f"and {len(report.notes) - 3} more")
+    if not reasons:
+        sizes = ", ".join(f"{h} x {w}" for h, w in report.stages) or "none"
+        reasons = [
+            f"maps behind the first convolution that others read are of size {sizes}, min_size is {min_size}: "
+            "give a larger example_input, a smaller min_size, or alpha per stage"
+        ]
+    raise ConversionError("\n  ".join(["no convolution of this network can carry two frequencies", *reasons]))
 
 
 def _check_keep(model: nn.Module, keep: Sequence[str]) -> None:
@@ -184,6 +204,7 @@ class _Plan:
         self.members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             self.members[self.group(node)].append(node)
+        self.found: dict[fx.Node, Size] = {}
         self.convolutions = self._candidates()
         self.sizes = {node: self.stage(node) for node in self.convolutions}
         self.stages = sorted(set(self.sizes.values()), key=_area, reverse=True)
@@ -214,6 +235,12 @@ class _Plan:
 
     def stage(self, node: fx.Node) -> Size:
         """The largest resolution at which anything reads the group: where only strided layers do, it is theirs."""
+        group = self.group(node)
+        if group not in self.found:
+            self.found[group] = self._stage(node)
+        return self.found[group]
+
+    def _stage(self, node: fx.Node) -> Size:
         read: list[Size] = []
         for member in self.members[self.group(node)]:
             for user in member.users:

@@ -108,7 +108,8 @@ def _kind_of_function(node: fx.Node) -> str:
         return CAT
     if name in WINDOWS:
         return POOL
-    if name in ("mean", "amax", *ADAPTIVE) and is_map(node.args[0]) and _all_one(node):
+    pooled = name in ("mean", "amax", *ADAPTIVE) and is_map(next(iter(node.all_input_nodes), None))
+    if pooled and _all_one(node):
         return GLOBAL
     if name in SHAPE_NAMES or (name == "getattr" and node.args[1] in SHAPE_NAMES):
         return SHAPE
@@ -219,6 +220,9 @@ class Note:
     name: str
     line: str
     why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.name}: {self.why} ({self.line})"
 
 
 @dataclass(frozen=True)

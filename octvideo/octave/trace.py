@@ -33,7 +33,7 @@ STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth")
 
 
 class ConversionError(ValueError):
-    """A network that cannot be traced: the operation, the line and what to pass in `keep`."""
+    """A network that cannot be converted: the operation, the line and what to pass in `keep`."""
 
 
 def trace(model: nn.Module, example_input: Any, keep: tuple[str, ...] = ()) -> fx.Graph:
@@ -63,7 +63,10 @@ def _on_meta(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
     for b in model.buffers():
         memo[id(b)] = b.detach().to("meta")
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module._forward_hooks.clear()  # they wait for numbers; hooks before a forward may make its weights
+    return twin
 
 
 def _trace(
