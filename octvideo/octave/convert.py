@@ -24,14 +24,18 @@ from octvideo.octave.rewrite import (
     ELEMENTWISE,
     EXCITE,
     GLOBAL,
+    LAYER_NORM,
+    LINEAR,
     NORM,
     POOL,
+    RELAYOUT,
     Note,
     Rewriter,
     Row,
     is_depthwise,
     is_map,
     kind_of,
+    mark_channels_last,
 )
 from octvideo.octave.trace import ConversionError, kept, trace
 
@@ -53,7 +57,8 @@ class Convolution:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """rows: every convolution. notes: where frequencies merge or split without one, and layers that stay vanilla.
+    """rows: every convolution, and linear layers over maps. notes: where frequencies merge or split without one, and layers
+    that stay vanilla.
 
     stages: (H, W) of the resolutions at which convolutions were asked to carry two frequencies, the largest first.
     """
@@ -155,6 +160,7 @@ def octavize(
     graph = trace(model, example_input, keep)
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(t): t for t in tensors} if share else {})
+    mark_channels_last(graph, twin)
     plan = _Plan(graph, twin)
     alphas = plan.alphas(alpha, min_size)
     rewriter = Rewriter(graph, twin, alphas, pool, pool_stride)
@@ -197,7 +203,7 @@ class _Plan:
         self.kinds = {node: kind_of(node, root) for node in graph.nodes}
         self.parent: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
-            if self.kinds[node] in (NORM, ELEMENTWISE, DEPTH, EXCITE) and is_map(node):
+            if self.kinds[node] in (NORM, ELEMENTWISE, DEPTH, EXCITE, LAYER_NORM, RELAYOUT) and is_map(node):
                 for n in node.all_input_nodes:
                     if is_map(n) and n.meta["value"].shape == node.meta["value"].shape:
                         self.parent[self.group(n)] = self.group(node)
@@ -220,17 +226,18 @@ class _Plan:
         candidates = []
         for node in self.graph.nodes:
             later = any(n in behind for n in node.all_input_nodes)
-            if self.kinds[node] == CONV and is_map(node):
-                if later and not is_depthwise(self.layer(node)):
+            if self.kinds[node] in (CONV, LINEAR) and is_map(node):
+                layer = self.layer(node)
+                if later and not (isinstance(layer, _ConvNd) and is_depthwise(layer)):
                     candidates.append(node)
                 behind.add(node)
             elif later:
                 behind.add(node)
         return candidates
 
-    def layer(self, node: fx.Node) -> _ConvNd:
+    def layer(self, node: fx.Node) -> _ConvNd | nn.Linear:
         layer = self.root.get_submodule(str(node.target))
-        assert isinstance(layer, _ConvNd)
+        assert isinstance(layer, _ConvNd | nn.Linear)
         return layer
 
     def stage(self, node: fx.Node) -> Size:
@@ -248,7 +255,7 @@ class _Plan:
                     continue
                 if self.kinds[user] == CAT:
                     read.append(self.stage(user))
-                elif self.kinds[user] in (CONV, POOL) and is_map(user):
+                elif self.kinds[user] in (CONV, LINEAR, POOL) and is_map(user):
                     read.append(_size(user))
                 elif is_map(user):
                     read.append(_size(node))
@@ -265,7 +272,7 @@ class _Plan:
             seen.add(node)
             if is_map(node):
                 found.add(self.group(node))
-            if self.kinds[node] != CONV or not is_map(node):
+            if self.kinds[node] not in (CONV, LINEAR) or not is_map(node):
                 walk += node.all_input_nodes
         return found
 
@@ -292,10 +299,11 @@ class _Plan:
         return chosen
 
     def _describe(self, node: fx.Node) -> Convolution:
-        layer = self.layer(node)
-        return Convolution(
-            str(node.target), layer.in_channels, layer.out_channels, tuple(layer.kernel_size), self.sizes[node]
-        )
+        layer, name, size = self.layer(node), str(node.target), self.sizes[node]
+        if isinstance(layer, nn.Linear):
+            one = (1,) * (node.meta["value"].dim() - 2)
+            return Convolution(name, layer.in_features, layer.out_features, one, size)
+        return Convolution(name, layer.in_channels, layer.out_channels, tuple(layer.kernel_size), size)
 
 
 def _check_alpha(alpha: float, where: str) -> None:

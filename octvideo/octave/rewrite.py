@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from octvideo.octave import channels_last
 from octvideo.octave.conv import OctConv2d, OctConv3d
 from octvideo.octave.feature import Octave, Parts, average_pool, low_size, split_channels, upsample
 from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, SqueezeExcite, _OctBatchNorm, _OctMaxPool
@@ -26,8 +27,15 @@ from octvideo.octave.trace import STOCHASTIC_DEPTH, norm_with_activation
 
 # What a node does to a map. All that is not listed is OTHER.
 CONV, NORM, POOL, GLOBAL, CAT = "convolution", "norm", "pooling", "global pooling", "concatenation"
+LINEAR, LAYER_NORM, RELAYOUT = "linear", "layer norm", "channels-last"
 ELEMENTWISE, DEPTH, EXCITE, SHAPE, OTHER = "elementwise", "stochastic depth", "squeeze-excitation", "shape", "other"
-OCTAVE = {nn.Conv2d: OctConv2d, nn.Conv3d: OctConv3d, nn.BatchNorm2d: OctBatchNorm2d, nn.BatchNorm3d: OctBatchNorm3d}
+OCTAVE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: OctConv2d,
+    nn.Conv3d: OctConv3d,
+    nn.BatchNorm2d: OctBatchNorm2d,
+    nn.BatchNorm3d: OctBatchNorm3d,
+    nn.Linear: channels_last.OctLinear,
+}
 WINDOWS = ("max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d")
 WINDOW_MODULES: dict[type[nn.Module], str] = {
     nn.MaxPool2d: "max_pool2d",
@@ -77,7 +85,14 @@ ELEMENTWISE_NAMES = {
 SHAPE_NAMES = {"shape", "size", "ndim", "dim", "dtype", "device", "is_cuda", "requires_grad"}
 
 
+def mark_channels_last(graph: fx.Graph, root: nn.Module) -> None:
+    """To be done before any other question is asked of the graph."""
+    channels_last.mark(graph, root, LINEAR, LAYER_NORM, RELAYOUT, lambda node: kind_of(node, root) == ELEMENTWISE)
+
+
 def kind_of(node: fx.Node, root: nn.Module) -> str:
+    if "kind" in node.meta:
+        return node.meta["kind"]
     if node.op in ("call_function", "call_method"):
         return _kind_of_function(node)
     if node.op != "call_module" or node.meta["opaque"]:
@@ -264,12 +279,15 @@ class Rewriter:
             GLOBAL: self.global_pool,
             CAT: self.concatenation,
             SHAPE: self.shape,
+            LINEAR: self.linear,
+            LAYER_NORM: self.layer_norm,
+            RELAYOUT: self.relayout,
         }
         for node in self.graph.nodes:
             kind = kind_of(node, self.root)
             if kind == OTHER and _name(node) in ("conv2d", "conv3d"):
                 self.note("vanilla", node, "its weight is computed in forward")
-            lifted = kind in (CONV, NORM) or any(isinstance(self.env[n], Two) for n in node.all_input_nodes)
+            lifted = kind in (CONV, NORM, LINEAR) or any(isinstance(self.env[n], Two) for n in node.all_input_nodes)
             self.env[node] = steps[kind](node) if lifted and kind in steps else self.plain(node)
             if isinstance(self.env[node], Two) or any(n in self.behind for n in node.all_input_nodes):
                 self.behind.add(node)
@@ -290,7 +308,11 @@ class Rewriter:
             return x
         self.note("merge", reader, why)
         # Not kept for the next reader: an operation in place may come between the two.
-        return self.new.call_function(merge, (x.high, x.low, x.parts))
+        merged = self.new.call_function(merge, (x.high, x.low, x.parts))
+        return self._permuted(merged, channels_last.to_last(len(x.pool) + 2)) if n.meta.get("last") else merged
+
+    def _permuted(self, x: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+        return self.new.call_function(torch.permute, (x, dims))
 
     def two(self, n: fx.Node, like: Two, reader: fx.Node) -> Two:
         """n as two frequencies of `like`'s parts."""
@@ -412,7 +434,44 @@ class Rewriter:
         known = isinstance(norm, _OctBatchNorm) or type(norm) in OCTAVE
         return None if known else f"{name} cannot carry two frequencies"
 
+    def linear(self, node: fx.Node) -> fx.Node | Two:
+        """A linear layer over channels-last maps, which two frequencies pass channels-first."""
+        layer: Any = self.root.get_submodule(str(node.target))
+        source, value = node.all_input_nodes[0], node.meta["value"]
+        x, dims = self.env[source], value.dim()
+        parts = x.parts if isinstance(x, Two) else ((layer.in_features, 0),)
+        out = split_channels(layer.out_features, self.alphas.get(node, 0.0))
+        positions = math.prod(value.shape[2:])
+        before = positions * layer.in_features * layer.out_features
+        size = tuple(value.shape[2:])
+        if (not isinstance(x, Two) and not out[1]) or self.calls[node.target] > 1:
+            self.rows.append(Row(str(node.target), size, 0.0, 0.0, before, before, False))
+            return self.plain(node, f"it is called {self.calls[node.target]} times")
+        pool = x.pool if isinstance(x, Two) else self._pool(value)
+        _become_octave(layer, alpha_out=out[1] / layer.out_features, in_parts=parts, pool=pool)
+        after = layer.macs(positions, math.prod(low_size(size, pool)))
+        alpha_in = sum(low for _, low in parts) / layer.in_features
+        self.rows.append(Row(str(node.target), size, alpha_in, out[1] / layer.out_features, before, after, False))
+        y = self._call(node, self._octave(x) if isinstance(x, Two) else self._permuted(x, channels_last.to_first(dims)))
+        return self._pair(y, (out,), pool) if out[1] else self._permuted(y, channels_last.to_last(dims))
+
+    def layer_norm(self, node: fx.Node) -> Two:
+        """Over all channels of a position: the merged map is normalized, and split again."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        x, dims = self.env[source], source.meta["value"].dim()
+        assert isinstance(x, Two)
+        y = self.plain(node, "a layer norm reads all channels of a position; its output is split again")
+        y = self._permuted(y, channels_last.to_first(dims))
+        return self._pair(self.new.call_function(split, (y, x.parts, x.pool)), x.parts, x.pool)
+
     # --- layers without ---
+
+    def relayout(self, node: fx.Node) -> Two:
+        """Two frequencies stay channels-first."""
+        x = self.env[node.all_input_nodes[0]]
+        assert isinstance(x, Two)
+        return x
 
     def elementwise(self, node: fx.Node) -> fx.Node | Two:
         twos = [x for n in node.all_input_nodes if isinstance(x := self.env[n], Two)]
