@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from octvideo.octave.rewrite import (
+from octvideo.octave.operations import (
     CAT,
     CONV,
     DEPTH,
@@ -29,14 +29,12 @@ from octvideo.octave.rewrite import (
     NORM,
     POOL,
     RELAYOUT,
-    Note,
-    Rewriter,
-    Row,
     is_depthwise,
     is_map,
     kind_of,
     mark_channels_last,
 )
+from octvideo.octave.rewrite import Note, Rewriter, Row
 from octvideo.octave.trace import ConversionError, kept, trace
 
 __all__ = ["ConversionError", "ConversionReport", "Convolution", "OctaveNetwork", "octavize"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from octvideo.octave import ConversionError, OctaveNetwork, octavize
-from octvideo.octave.rewrite import is_depthwise
+from octvideo.octave.operations import is_depthwise
 
 pytestmark = pytest.mark.usefixtures("importable_torchvision")
 
@@ -75,11 +75,12 @@ PEERS: dict[str, Peer] = {
     "timm convnext with linear layers": ("timm", _timm("convnext_atto", conv_mlp=False), IMAGE),
     "timm resnet50d": ("timm", _timm("resnet50d"), IMAGE),
 }
-# In the default run, one of each package that is quick; the others take a minute together.
-QUICK = ("x3d", "mobilenet_v3_small", "timm mobilenetv3")
-each_peer = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PEERS]
-)
+
+
+def peers(*quick: str) -> pytest.MarkDecorator:
+    """All of them, of which the default run takes the quick ones; the others take minutes together."""
+    names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in PEERS]
+    return pytest.mark.parametrize("name", names)
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
@@ -108,7 +109,7 @@ def converted(network: nn.Module, sizes: Any, dtype: torch.dtype = torch.float32
     return octavize(network, 0.25, inputs(sizes, lambda s: torch.zeros(1, *s, dtype=dtype)), min_size=4)
 
 
-@each_peer
+@peers("x3d", "mobilenet_v3_small", "timm mobilenetv3")
 def test_it_converts_trains_and_costs_what_the_law_says(name: str) -> None:
     network, sizes = build(name)
     octave = converted(network, sizes)
@@ -141,7 +142,7 @@ def check_law(octave: OctaveNetwork) -> None:
     assert after < before
 
 
-@each_peer
+@peers("mobilenet_v3_small", "timm mobilenetv3")
 def test_on_constant_maps_it_agrees_with_the_vanilla_network(name: str) -> None:
     network, sizes = build(name)
     network.double()
@@ -163,8 +164,7 @@ def constant(*size: int) -> Tensor:
     return torch.randn(*size[:2], *(1,) * (len(size) - 2), dtype=torch.float64).expand(size).clone()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PEERS)
+@peers()
 def test_at_alpha_0_it_is_the_network_bit_for_bit(name: str) -> None:
     network, sizes = build(name)
     network.eval()
