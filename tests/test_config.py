@@ -7,7 +7,7 @@ from octvideo import build, config
 from octvideo.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "_base")
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.parent.name.startswith("_"))
 
 
 def write(folder: Path, text: str, name: str = "x.yaml") -> Path:

@@ -54,7 +54,7 @@ class RequestError(ValueError):
 
 def configs() -> dict[str, Path]:
     """Every experiment by its name, folder/file."""
-    paths = (path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "_base")
+    paths = (path for path in CONFIGS.glob("*/*.yaml") if not path.parent.name.startswith("_"))
     return {f"{path.parent.name}/{path.stem}": path for path in sorted(paths)}
 
 

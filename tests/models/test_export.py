@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def networks() -> dict[str, Spec]:
     """Every configuration's network, at 8 classes."""
-    paths = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if p.parent.name != "_base"]
+    paths = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if not p.parent.name.startswith("_")]
     load = lambda path: build.network_spec(build.load_config(path, ["MODEL.NUM_CLASSES", "8"]))  # noqa: E731
     return {f"{path.parent.name}/{path.stem}": load(path) for path in paths}
 
