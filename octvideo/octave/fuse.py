@@ -9,6 +9,8 @@ of these layers can be fused, not only those that this package knows.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -108,7 +110,7 @@ class FusedOctConv(Inference):
     def forward(self, x: Feature, shortcut: Feature | None = None, pooled: Tensor | None = None) -> Feature:
         high, low = x if isinstance(x, Octave) else (x, None)
         if pooled is None and self.pool_high is not None:
-            pooled = average_pool(high, self.pool_high)
+            pooled = _pool(high, self.pool_high)
         if self.pool_high == self.stride:
             high, pooled = pooled, None
         y = getattr(self, f"_{self.arrangement}")(high, low, pooled)
@@ -116,29 +118,29 @@ class FusedOctConv(Inference):
 
     def _joint(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
         if low is not None:
-            low = upsample(average_pool(low, self.low_stride), high.shape[2:])
+            low = upsample(_pool(low, self.low_stride), high.shape[2:])
             high = torch.cat([high, low], dim=1)
         y_high = self._conv(high, self.high_kernel, self.high_bias)
         if not self.splits[1]:
             return y_high
-        pooled = average_pool(high, self.pool) if pooled is None else pooled
+        pooled = _pool(high, self.pool) if pooled is None else pooled
         return Octave(y_high, self._conv(pooled, self.low_kernel, self.low_bias))
 
     def _apart(self, high: Tensor, low: Tensor, pooled: Tensor | None) -> Feature:
         y_high = self._conv(high, self.high_kernel, self.high_bias)
-        y_high = _add_upsampled(y_high, self._conv(average_pool(low, self.low_stride), self.up_kernel))
+        y_high = _add_upsampled(y_high, self._conv(_pool(low, self.low_stride), self.up_kernel))
         if not self.splits[1]:
             return y_high
-        pooled = average_pool(high, self.pool) if pooled is None else pooled
-        low = torch.cat([pooled, average_pool(low, self.stride)], dim=1)
+        pooled = _pool(high, self.pool) if pooled is None else pooled
+        low = torch.cat([pooled, _pool(low, self.stride)], dim=1)
         return Octave(y_high, self._conv(low, self.low_kernel, self.low_bias))
 
     def _late(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
         y_high, y_low = self._conv(high, self.high_kernel, self.high_bias).split(self.splits, dim=1)
-        y_low = average_pool(y_low, self.pool)
+        y_low = _pool(y_low, self.pool)
         if low is None:
             return Octave(y_high.clone(), y_low)
-        from_high, from_low = self._conv(average_pool(low, self.stride), self.up_kernel).split(self.splits, dim=1)
+        from_high, from_low = self._conv(_pool(low, self.stride), self.up_kernel).split(self.splits, dim=1)
         return Octave(_add_upsampled(y_high, from_high), y_low + from_low)
 
     def _conv(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -230,7 +232,19 @@ class Lifted(nn.Module):
 
 
 def pool_high(x: Feature, kernel: tuple[int, ...]) -> Tensor:
-    return average_pool(x.high if isinstance(x, Octave) else x, kernel)
+    return _pool(x.high if isinstance(x, Octave) else x, kernel)
+
+
+def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """`average_pool` in whatever layout x has, slices of channels too; where sizes are odd, by it."""
+    if any(size % k for size, k in zip(x.shape[2:], kernel, strict=True)):
+        return average_pool(x, kernel)
+    corners = [x[(..., *(slice(o, None, k) for o, k in zip(offset, kernel, strict=True)))] for offset in _offsets(kernel)]
+    return functools.reduce(torch.add, corners) * (1 / len(corners)) if len(corners) > 1 else x
+
+
+def _offsets(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return list(itertools.product(*(range(k) for k in kernel)))
 
 
 def _finish(y: Feature, shortcut: Feature | None, activation: nn.Module | None) -> Feature:
