@@ -91,7 +91,7 @@ def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
 
 def _pool_space(x: Tensor, kernel: tuple[int, int]) -> Tensor:
     n, c, t = x.shape[:3]
-    if x.is_contiguous(memory_format=torch.channels_last_3d):
+    if x.stride(1) == 1:
         # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and its pooled map goes back as one
         pooled = _average_pool2d(x.transpose(1, 2).flatten(0, 1), kernel)
         return pooled.unflatten(0, (n, t)).transpose(1, 2)

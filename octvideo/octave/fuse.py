@@ -236,9 +236,13 @@ def pool_high(x: Feature, kernel: tuple[int, ...]) -> Tensor:
 
 
 def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """`average_pool` in whatever layout x has, slices of channels too; where sizes are odd, by it."""
-    if any(size % k for size, k in zip(x.shape[2:], kernel, strict=True)):
-        return average_pool(x, kernel)
+    """`average_pool` in whatever layout x has, slices of channels too, and as sums of slices, which compilers fuse."""
+    missing = [-size % k for size, k in zip(x.shape[2:], kernel, strict=True)]
+    if any(missing):
+        if not torch.compiler.is_compiling():
+            return average_pool(x, kernel)
+        # the mean over values that exist: the last one counts twice
+        x = F.pad(x, [side for gap in reversed(missing) for side in (0, gap)], mode="replicate")
     corners = [x[(..., *(slice(o, None, k) for o, k in zip(offset, kernel, strict=True)))] for offset in _offsets(kernel)]
     return functools.reduce(torch.add, corners) * (1 / len(corners)) if len(corners) > 1 else x
 
