@@ -7,9 +7,10 @@ python tools/benchmark.py sources --out FOLDER
 python tools/benchmark.py data  --cfg CONFIG [--decoders pyav,decord] [--workers 1,2,4] [KEY VALUE ...]
     training clips for each core and decoder, beside decord's and pytorchvideo's readers as they are usually called and
     beside decoding alone; then the loader with several numbers of workers
-python tools/benchmark.py model --cfg CONFIG [--against CONFIG] [KEY VALUE ...]
+python tools/benchmark.py model --cfg CONFIG [--against CONFIG] [--fuse] [--backend eager|compile] [KEY VALUE ...]
     inference and training steps of a network against its vanilla twin (or another config): clips/s, peak memory,
-    multiply-adds
+    multiply-adds. Of both networks' inference forms with --fuse; with --backend compile by torch.compile with Inductor's
+    freezing. Either leaves the training step out; times are then of the processor
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from octvideo.data.decode_pyav import PyAVVideo
 from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
 from octvideo.engine.train import train_step
+from octvideo.octave import fuse
 
 Reader = Callable[[int, int], object]  # a video's number in the list and the turn -> a clip
 PathReader = Callable[[str, int, CfgNode], object]
@@ -345,22 +347,51 @@ def benchmark_model(options: argparse.Namespace) -> None:
         f"{' x '.join(map(str, build.clip_size(cfg, cfg.DATA.TRAIN_CROP)[1:]))}, batch {options.batch}, "
         f"{options.rounds} rounds in turn, {device.type}, {options.threads} thread(s), torch {torch.__version__}"
     )
+    form = Form(options.fuse, options.backend)
     macs = [build.cost(c, c.DATA.TRAIN_CROP).macs.total for c in (other, cfg)]
-    for mode in ("inference", "training step"):
-        pair = [Timed(n, _steps(c, options.batch, mode, device)) for n, c in zip(names, (other, cfg), strict=True)]
+    for mode in ("inference", "training step")[: 1 if form.for_inference_alone else 2]:
+        steps = [_steps(c, options.batch, mode, device, form) for c in (other, cfg)]
+        clock = time.process_time if form.for_inference_alone and device.type == "cpu" else time.perf_counter
+        pair = [Timed(n, step, clock) for n, step in zip(names, steps, strict=True)]
         in_turn(pair, options.rounds)
         ratios = [b / a for a, b in zip(pair[0].clips_per_s, pair[1].clips_per_s, strict=True)]
-        memory = [_peak_memory(c, options.batch, mode, device) for c in (other, cfg)]
         rows = [
-            [entry.name, f"{m / 1e9:.3f}", f"{m / macs[0]:.2f}", *entry.cells(), f"{peak / 2**20:.0f}"]
-            for entry, m, peak in zip(pair, macs, memory, strict=True)
+            [entry.name, f"{m / 1e9:.3f}", f"{m / macs[0]:.2f}", *entry.cells()]
+            for entry, m in zip(pair, macs, strict=True)
         ]
-        header = [mode, "multiply-adds (G)", "ratio", "clips/s", "min-max", "peak memory (MiB)"]
+        header = [f"{mode}{form}", "multiply-adds (G)", "ratio", "clips/s", "min-max"]
+        if options.backend == "eager":  # the compiler's own memory would hide the network's
+            header.append("peak memory (MiB)")
+            for row, c in zip(rows, (other, cfg), strict=True):
+                row.append(f"{_peak_memory(c, options.batch, mode, device, form) / 2**20:.0f}")
         print("\n" + tabulate(rows, header, tablefmt="github", disable_numparse=True))
+        time_ratio, mac_ratio = 1 / statistics.median(ratios), macs[1] / macs[0]
         print(
-            f"time ratio {1 / statistics.median(ratios):.2f} (pair by pair, "
-            f"{1 / max(ratios):.2f}-{1 / min(ratios):.2f}) for {macs[1] / macs[0]:.2f} of the multiply-adds"
+            f"time ratio {time_ratio:.2f} (pair by pair, {1 / max(ratios):.2f}-{1 / min(ratios):.2f}) "
+            f"for {mac_ratio:.2f} of the multiply-adds: efficiency {mac_ratio / time_ratio:.2f}"
         )
+
+
+@dataclass(frozen=True)
+class Form:
+    """In which form a network is measured."""
+
+    fused: bool = False
+    backend: str = "eager"
+
+    @property
+    def for_inference_alone(self) -> bool:
+        return self.fused or self.backend == "compile"
+
+    def __str__(self) -> str:
+        return (", fused" if self.fused else "") + (", compiled" if self.backend == "compile" else "")
+
+    def of(self, model: torch.nn.Module) -> torch.nn.Module:
+        model = fuse(model) if self.fused else model
+        if self.backend == "compile":
+            # weights become constants in the layout that the convolutions want; only without gradients
+            model = torch.compile(model, options={"freezing": True})  # type: ignore[assignment]
+        return model
 
 
 def _name(cfg: CfgNode) -> str:
@@ -368,9 +399,10 @@ def _name(cfg: CfgNode) -> str:
     return f"{name} alpha {cfg.OCTAVE.ALPHA:g}" if cfg.OCTAVE.ALPHA else f"{name} vanilla"
 
 
-def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callable[[], int]:
+def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device, form: Form) -> Callable[[], int]:
     model = build.place(cfg, build.network(cfg), device).train(mode == "training step")
     optimizer = build.optimizer(cfg, model)
+    model = form.of(model)
     clips = torch.randn(batch, *build.clip_size(cfg, cfg.DATA.TRAIN_CROP), device=device)
     clips = clips.contiguous(memory_format=build.memory_format(cfg))
     labels = torch.arange(batch, device=device) % cfg.MODEL.NUM_CLASSES
@@ -380,7 +412,7 @@ def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callabl
         if mode == "training step":
             train_step(model, optimizer, clips, labels, lr=1e-4, loss=F.cross_entropy, precision=precision)
         else:
-            with torch.inference_mode():
+            with torch.no_grad():
                 model(clips)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -389,10 +421,10 @@ def _steps(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> Callabl
     return step
 
 
-def _peak_memory(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> int:
+def _peak_memory(cfg: CfgNode, batch: int, mode: str, device: torch.device, form: Form) -> int:
     """Bytes that a step takes above what was there before it: allocated on a GPU, resident in a fresh CPU process."""
     if device.type == "cuda":
-        step = _steps(cfg, batch, mode, device)
+        step = _steps(cfg, batch, mode, device, form)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -400,15 +432,15 @@ def _peak_memory(cfg: CfgNode, batch: int, mode: str, device: torch.device) -> i
     if not CLEAR_REFS.exists():
         raise BenchmarkError("peak memory on a CPU is read from Linux's /proc, which is not here")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_resident_growth, (cfg.dump(), batch, mode))
+        return pool.apply(_resident_growth, (cfg.dump(), batch, mode, form))
 
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def _resident_growth(text: str, batch: int, mode: str) -> int:
+def _resident_growth(text: str, batch: int, mode: str, form: Form) -> int:
     torch.set_num_threads(1)
-    step = _steps(CfgNode.load_cfg(text), batch, mode, torch.device("cpu"))
+    step = _steps(CfgNode.load_cfg(text), batch, mode, torch.device("cpu"), form)
     before = _status("VmRSS")
     CLEAR_REFS.write_text("5")  # sets the peak, VmHWM, to what is resident now
     step()
@@ -448,6 +480,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model.add_argument("--against", metavar="CONFIG", help="another config (default: the same at alpha 0)")
     model.add_argument("--batch", type=int, default=4, help="clips per step (default 4)")
     model.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    model.add_argument(
+        "--fuse", action="store_true", help="both networks in their inference form (octvideo.octave.fuse)"
+    )
+    model.add_argument("--backend", choices=("eager", "compile"), default="eager", help="default eager")
     for command, run in ((data, benchmark_data), (model, benchmark_model)):
         command.add_argument("--cfg", required=True, metavar="CONFIG")
         command.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class Transition(nn.Module):
         self.stride = stride
 
     def forward(self, x: Feature) -> Feature:
-        return lift(lambda frequency: average_pool(frequency, self.stride), self.conv(lift(self.relu, self.bn(x))))
+        return lift(partial(average_pool, kernel=self.stride), self.conv(lift(self.relu, self.bn(x))))
 
 
 class DenseNet(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from octvideo.models.blocks import Head, Stem, initialize, norm, split, stage
@@ -24,6 +25,12 @@ def pyslowfast_frames(num_frames: int, ratio: int) -> list[int]:
 
 
 SLOW_FRAMES = {"strided": strided_frames, "pyslowfast": pyslowfast_frames}
+
+
+@torch.fx.wrap  # one step to those who follow the network without a clip, since it asks for the number of frames
+def slow_clip(clip: Tensor, slow_frames: str, ratio: int) -> Tensor:
+    """[N, 3, T, H, W] -> [N, 3, T / ratio, H, W]"""
+    return clip[:, :, SLOW_FRAMES[slow_frames](clip.shape[2], ratio)]
 
 
 class Pathway(nn.Module):
@@ -100,8 +107,7 @@ class SlowFast(nn.Module):
         initialize(list(self.modules()))
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = SLOW_FRAMES[self.spec.slow_frames](x.shape[2], self.spec.frame_ratio)
-        slow: Feature = self.slow.stem(x[:, :, frames])
+        slow: Feature = self.slow.stem(slow_clip(x, self.spec.slow_frames, self.spec.frame_ratio))
         fast: Feature = self.fast.stem(x)
         slow = concatenate(slow, self.laterals["stem"](fast))
         for name, slow_stage in self.slow.stages.items():

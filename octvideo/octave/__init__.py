@@ -15,6 +15,7 @@ from octvideo.octave.feature import (
     split_channels,
     upsample,
 )
+from octvideo.octave.fuse import fuse
 from octvideo.octave.layers import (
     OctBatchNorm2d,
     OctBatchNorm3d,
@@ -42,6 +43,7 @@ __all__ = [
     "average_pool",
     "channel_order",
     "concatenate",
+    "fuse",
     "global_average_pool",
     "lift",
     "octavize",

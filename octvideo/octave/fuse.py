@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from octvideo.octave.attention import GlobalReasoning, NonLocal
 from octvideo.octave.conv import _OctConv
 from octvideo.octave.feature import Feature, Octave, average_pool, concatenate, global_average_pool, lift, upsample
-from octvideo.octave.layers import _OctBatchNorm, _OctMaxPool, SqueezeExcite
+from octvideo.octave.layers import SqueezeExcite, _OctBatchNorm, _OctMaxPool
 
 MACS_PER_FLOAT = 20
 """Multiply-adds in the time in which one core moves one float of a large map (measured, docs/performance.md)."""
@@ -111,7 +110,7 @@ class FusedOctConv(Inference):
         high, low = x if isinstance(x, Octave) else (x, None)
         if pooled is None and self.pool_high is not None:
             pooled = _pool(high, self.pool_high)
-        if self.pool_high == self.stride:
+        if pooled is not None and self.pool_high == self.stride:
             high, pooled = pooled, None
         y = getattr(self, f"_{self.arrangement}")(high, low, pooled)
         return _finish(y, shortcut, self.activation)
@@ -143,7 +142,8 @@ class FusedOctConv(Inference):
         from_high, from_low = self._conv(_pool(low, self.stride), self.up_kernel).split(self.splits, dim=1)
         return Octave(_add_upsampled(y_high, from_high), y_low + from_low)
 
-    def _conv(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _conv(self, x: Tensor, kernel: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        assert kernel is not None
         return self.convolve(x, kernel, bias, 1, self.pads, self.dilation)
 
     def extra_repr(self) -> str:
@@ -191,7 +191,7 @@ def cost(conv: _OctConv, arrangement: str, pooled: bool, written: bool) -> float
     if arrangement == "joint":
         macs = (ih + il) * oh + share * (ih + il) * ol
         copied = 0 if written or not il else 2 * ih
-        moved = copied + il + (ih + il if ol and not pooled else 0)
+        moved: float = copied + il + (ih + il if ol and not pooled else 0)
     elif arrangement == "apart":
         macs = ih * oh + share * il * oh + share * (ih + il) * ol
         moved = 2 * oh + (0 if pooled or not ol else ih) + 2 * share * (ih + il)
@@ -204,20 +204,31 @@ def cost(conv: _OctConv, arrangement: str, pooled: bool, written: bool) -> float
 class FusedNorm(Inference):
     """activation(x * scale + shift) per channel: a norm that stands before its convolution."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, norm: _BatchNorm, activation: nn.Module | None) -> None:
         super().__init__()
         scale, shift = scale_and_shift(norm)
         order = norm.order if isinstance(norm, _OctBatchNorm) else None
         if order is not None:
             scale, shift = scale[order], shift[order]
-        self.scale, self.shift, self.activation = _constant(scale), _constant(shift), activation
+        self.register_parameter("scale", _constant(scale))
+        self.register_parameter("shift", _constant(shift))
+        self.activation = activation
 
     def forward(self, x: Feature) -> Feature:
-        maps = x if isinstance(x, Octave) else (x,)
-        channels = [m.shape[1] for m in maps]
-        parts = zip(maps, self.scale.split(channels), self.shift.split(channels), strict=True)
-        normed = [torch.addcmul(_vector(shift, m), m, _vector(scale, m)) for m, scale, shift in parts]
-        return _finish(Octave(*normed) if isinstance(x, Octave) else normed[0], None, self.activation)
+        if not isinstance(x, Octave):
+            return _finish(_affine(x, self.scale, self.shift), None, self.activation)
+        channels = (x.high.shape[1], x.low.shape[1])
+        parts = zip(x, self.scale.split(channels), self.shift.split(channels), strict=True)
+        return _finish(Octave(*(_affine(*part) for part in parts)), None, self.activation)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """[N, C, ...] * [C] + [C]"""
+    beside = (...,) + (None,) * (x.dim() - 2)
+    return torch.addcmul(shift[beside], x, scale[beside])
 
 
 class Lifted(nn.Module):
@@ -229,6 +240,13 @@ class Lifted(nn.Module):
 
     def forward(self, *features: Feature) -> Feature:
         return lift(self.fn, *features)
+
+
+class _NoNorm(nn.Identity):
+    """In the place of a norm that went into the convolution before it."""
+
+    def normalize_high(self, x: Tensor) -> Tensor:
+        return x
 
 
 def pool_high(x: Feature, kernel: tuple[int, ...]) -> Tensor:
@@ -243,12 +261,15 @@ def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
             return average_pool(x, kernel)
         # the mean over values that exist: the last one counts twice
         x = F.pad(x, [side for gap in reversed(missing) for side in (0, gap)], mode="replicate")
-    corners = [x[(..., *(slice(o, None, k) for o, k in zip(offset, kernel, strict=True)))] for offset in _offsets(kernel)]
+    # [N, C, H, W] -> the upper left, upper right, lower left and lower right value of each window
+    corners = [x]
+    for axis, k in enumerate(kernel, start=2):
+        corners = [_every(corner, axis, k, offset) for corner in corners for offset in range(k)]
     return functools.reduce(torch.add, corners) * (1 / len(corners)) if len(corners) > 1 else x
 
 
-def _offsets(kernel: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(range(k) for k in kernel)))
+def _every(x: Tensor, axis: int, step: int, offset: int) -> Tensor:
+    return x if step == 1 else x[(slice(None),) * axis + (slice(offset, None, step),)]
 
 
 def _finish(y: Feature, shortcut: Feature | None, activation: nn.Module | None) -> Feature:
@@ -272,28 +293,16 @@ def _add_upsampled(y: Tensor, low: Tensor) -> Tensor:
     return y
 
 
-def _vector(values: Tensor, x: Tensor) -> Tensor:
-    """[C] -> [C, 1, ...], beside [N, C, ...]"""
-    return values[(...,) + (None,) * (x.dim() - 2)]
-
-
 def _constant(values: Tensor | None) -> nn.Parameter | None:
-    if values is None or not values.numel():
-        return None
-    if values.dim() > 3:  # the layout that the network's kernels have
-        strided = values.is_contiguous(memory_format=_channels_last(values)) and not values.is_contiguous()
-        values = values.clone(memory_format=_channels_last(values) if strided else torch.contiguous_format)
-    return nn.Parameter(values.detach().clone(), requires_grad=False)
-
-
-def _channels_last(values: Tensor) -> torch.memory_format:
-    return torch.channels_last_3d if values.dim() == 5 else torch.channels_last
+    return nn.Parameter(values.detach().clone(), requires_grad=False) if values is not None and values.numel() else None
 
 
 def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """What a norm does in evaluation: x * scale + shift, [C] each, in the order of its vectors."""
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"{type(norm).__name__} has no running statistics, so it depends on its input in evaluation too")
+        raise ValueError(
+            f"{type(norm).__name__} has no running statistics, so it depends on its input in evaluation too"
+        )
     scale = (norm.running_var + norm.eps).rsqrt()
     shift = -norm.running_mean * scale
     if norm.affine:
@@ -336,48 +345,56 @@ class _Tracer(fx.Tracer):
 class _Group:
     """Steps that become one: a convolution or a norm with what follows it."""
 
-    def __init__(self, module: nn.Module, node: fx.Node) -> None:
+    def __init__(self, module: _ConvNd | _BatchNorm, node: fx.Node) -> None:
+        assert isinstance(node.args[0], fx.Node)
         self.module, self.tail, self.source = module, node, node.args[0]
         self.name = str(node.target)
         self.shortcut: fx.Node | None = None
         self.activation: nn.Module | None = None
 
-    def alone_before(self, node: fx.Node) -> bool:
-        """Does nothing but `node` read what the group gives?"""
+    def open_to(self, node: fx.Node) -> bool:
+        """Does nothing but `node` read what the group gives so far?"""
         return list(self.tail.users) == [node] and self.activation is None
+
+    def is_conv(self) -> bool:
+        return isinstance(self.module, CONVS) and self.shortcut is None
+
+    def take(self, node: fx.Node) -> _Group:
+        self.tail = node
+        return self
 
 
 def _groups(graph: fx.Graph, model: nn.Module) -> dict[fx.Node, _Group]:
-    """Of each node that is part of one."""
+    """The group of each step that belongs to one."""
     groups: dict[fx.Node, _Group] = {}
     order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def before(node: fx.Node, source: Any) -> _Group | None:
+        group = groups.get(source) if isinstance(source, fx.Node) else None
+        return group if group and group.tail is source and group.open_to(node) else None
+
     for node in graph.nodes:
         module = _module(node, model)
-        before = groups.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        operands = _sum(node)
         if isinstance(module, CONVS):
             groups[node] = _Group(module, node)
         elif isinstance(module, NORMS):
-            if before and before.alone_before(node) and before.shortcut is None and isinstance(before.module, CONVS):
-                before.module, before.tail = fold(before.module, module), node
-                groups[node] = before
+            group = before(node, node.args[0])
+            if group and isinstance(group.module, _ConvNd) and group.shortcut is None:
+                group.module = fold(group.module, module)
+                groups[node] = group.take(node)
             else:
                 groups[node] = _Group(module, node)
         elif isinstance(module, ACTIVATIONS):
-            source = node.args[-1]
-            before = groups.get(source)
-            if before and before.alone_before(node):
-                before.activation, before.tail = module, node
-                groups[node] = before
-        elif (operands := _sum(node)) is not None:
-            able = [
-                n for n in operands if n in groups and groups[n].tail is n and groups[n].alone_before(node)
-                and groups[n].shortcut is None and isinstance(groups[n].module, CONVS)
-            ]
-            if able and operands[0] is not operands[1]:
-                last = max(able, key=order.__getitem__)
-                group = groups[last]
-                group.shortcut = operands[1] if last is operands[0] else operands[0]
-                group.tail, groups[node] = node, group
+            if group := before(node, node.args[-1]):
+                group.activation = module
+                groups[node] = group.take(node)
+        elif operands is not None and operands[0] is not operands[1]:
+            able = [n for n in operands if (group := before(node, n)) and group.is_conv()]
+            if able:
+                own = max(able, key=order.__getitem__)  # the other operand is there when it runs
+                groups[own].shortcut = operands[1] if own is operands[0] else operands[0]
+                groups[node] = groups[own].take(node)
     return groups
 
 
@@ -420,13 +437,18 @@ class _Builder:
                 if node is group.tail:
                     self.new[node] = self._layer(group)
             elif node.op == "call_function" and node.target is lift:
-                fn = _module(node, self.model) or node.args[0]
+                fn: Any = _module(node, self.model) or node.args[0]
                 self.new[node] = self._call(f"lifted.{node.name}", Lifted(fn), *(self.new[a] for a in node.args[1:]))
-            elif node.op == "call_module" and isinstance(_module(node, self.model), nn.Dropout | nn.Identity):
-                self.new[node] = self.new[node.args[0]]
             elif node.op == "call_module":
-                module = _module(node, self.model)
-                self.new[node] = self._call(str(node.target), module, *(self.new[a] for a in node.args))
+                module = self.model.get_submodule(str(node.target))
+                if isinstance(module, nn.Dropout | nn.Identity):
+                    self.new[node] = self.new[node.args[0]]
+                    continue
+                if isinstance(module, NonLocal | GlobalReasoning) and isinstance(module.bn, _BatchNorm):
+                    setattr(module, "out", fold(module.out, module.bn))  # noqa: B010 (of the same type)
+                    setattr(module, "bn", _NoNorm())  # noqa: B010
+                self.parts[str(node.target)] = module.requires_grad_(False)
+                self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(self.model)
                 if isinstance(value, Tensor):
@@ -445,12 +467,12 @@ class _Builder:
     def _layer(self, group: _Group) -> fx.Node:
         x, module = self.new[group.source], group.module
         shortcut = group.shortcut and self.new[group.shortcut]
-        if isinstance(module, NORMS):
+        if isinstance(module, _BatchNorm):
             layer = self._call(group.name, FusedNorm(module, group.activation), x)
             self.written.add(layer)
             return layer
-        arrangement = self._arrangement(module, x)
-        if arrangement is None:
+        arrangement = self._arrangement(module, x) if isinstance(module, _OctConv) else None
+        if arrangement is None or not isinstance(module, _OctConv):
             return self._call(group.name, FusedConv(module, group.activation), x, shortcut)
         fused = FusedOctConv(module, group.activation, arrangement)
         layer = self._call(group.name, fused, x, shortcut, self._pooled(x, fused.pool_high))
@@ -458,10 +480,8 @@ class _Builder:
             self.written.add(layer)
         return layer
 
-    def _arrangement(self, conv: nn.Module, x: fx.Node) -> str | None:
+    def _arrangement(self, conv: _OctConv, x: fx.Node) -> str | None:
         """The cheapest."""
-        if not isinstance(conv, _OctConv):
-            return None
 
         def cost_here(arrangement: str) -> float:
             return cost(conv, arrangement, (x, pooling(conv, arrangement)) in self.pools, x in self.written)
