@@ -456,7 +456,7 @@ class _Builder:
                     self.new[node] = self.graph.get_attr(str(node.target))
             else:
                 self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
-        return FusedNetwork(self.parts, self.graph)
+        return FusedNetwork(self.parts, self.graph).train(False)
 
     def _call(self, name: str, module: nn.Module, *args: fx.Node | None) -> fx.Node:
         while name in self.parts:  # called before

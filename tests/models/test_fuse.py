@@ -1,0 +1,91 @@
+"""Every network's inference form gives the network's numbers, and exports."""
+
+import pytest
+import torch
+from torch import nn
+
+from octvideo.models import NETWORKS, SlowFastSpec, Spec, create, with_octave
+from octvideo.octave import fuse
+from octvideo.octave.fuse import FusedConv, FusedOctConv
+
+from .shallow import cut
+from .test_export import NETWORKS as CONFIGURATIONS
+
+# Of a kind, one depth: the others have the same layers.
+KINDS = [n for n in NETWORKS if not any(part in n for part in ("101", "200", "26", "8x8", "0.75", "1.125", "balanced"))]
+
+
+def network(spec: Spec) -> nn.Module:
+    """With norms that do something: statistics and weights are random."""
+    torch.manual_seed(0)
+    model = create(spec).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+    return model
+
+
+def clip(spec: Spec) -> torch.Tensor:
+    video = isinstance(spec, SlowFastSpec) or spec.dims == 3
+    return torch.randn(1, 3, *((8, 38, 46) if video else (70, 54)))
+
+
+def check(spec: Spec) -> nn.Module:
+    model, x = network(spec), clip(spec)
+    fused = fuse(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert (fused(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in fused.modules())
+    return fused
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_every_kind_of_network(name: str, alpha: float) -> None:
+    fused = check(with_octave(cut(NETWORKS[name](8), keep=1), alpha))
+    assert any(isinstance(module, FusedOctConv if alpha else FusedConv) for module in fused.modules())
+
+
+@pytest.mark.parametrize("alpha", [0.125, 1.0])
+@pytest.mark.parametrize("name", ["i3d_r50", "slowfast_4x16_r50", "resnet50", "densenet121", "mobilenet_v2_1.0"])
+def test_other_alphas(name: str, alpha: float) -> None:
+    check(with_octave(cut(NETWORKS[name](8), keep=1), alpha))
+
+
+@pytest.mark.parametrize("name", ["i3d_tiny", "i3d_nl_r50", "slowfast_4x16_r50"])
+def test_temporal_spatial_pooling(name: str) -> None:
+    check(with_octave(cut(NETWORKS[name](8), keep=2), 0.25, pool=(2, 2, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list({spec: name for name, spec in CONFIGURATIONS.items()}.values()))
+def test_every_configuration_at_full_depth(name: str) -> None:
+    check(CONFIGURATIONS[name])
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["i3d_tiny", *(pytest.param(n, marks=SLOW) for n in ("slowfast_4x16_r50", "resnet50_glore", "densenet121"))]
+)
+def test_export(name: str) -> None:
+    spec = with_octave(cut(NETWORKS[name](8), keep=1), 0.25)
+    fused, x = fuse(network(spec)), clip(spec)
+    exported = torch.export.export(fused, (x,), strict=True).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), fused(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_without_a_graph_break() -> None:
+    """Odd sizes, which pool in another way when compiled."""
+    spec = with_octave(NETWORKS["i3d_tiny"](8), 0.25)
+    fused, x = fuse(network(spec)), torch.randn(1, 3, 5, 33, 35)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), fused(x), rtol=1e-4, atol=1e-5)
