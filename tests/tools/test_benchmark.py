@@ -39,6 +39,18 @@ def test_a_network_beside_its_vanilla_twin() -> None:
     assert out.count("time ratio") == 2
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+def test_inference_forms_beside_each_other(backend: str) -> None:
+    form = ("--fuse", "--backend", backend, "--batch", "2", "--rounds", "1")
+    status, out, err = main("model", "--cfg", CFG, *form, "DEVICE", "cpu", "OCTAVE.ALPHA", "0.5")
+    assert status == 0, err
+    assert out.count("time ratio") == 1 and "training step" not in out
+    assert ("| inference, fused, compiled" if backend == "compile" else "| inference, fused  ") in out
+    words = out.split("time ratio ")[1].split()
+    macs = float(words[words.index("of") - 1])
+    assert float(words[-1]) == pytest.approx(macs / float(words[0]), rel=0.03)
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
