@@ -72,7 +72,14 @@ class FusedConv(Inference):
         self.conv, self.activation = conv.requires_grad_(False), activation
 
     def forward(self, x: Feature, shortcut: Feature | None = None) -> Feature:
-        return _finish(self.conv(x), shortcut, self.activation)
+        conv, padding = self.conv, self.conv.padding
+        plain = type(conv) in (nn.Conv2d, nn.Conv3d) and conv.padding_mode == "zeros"
+        y: Feature
+        if plain and isinstance(x, Tensor) and not isinstance(padding, str):
+            y = _convolve(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+        else:
+            y = conv(x)
+        return _finish(y, shortcut, self.activation)
 
 
 class FusedOctConv(Inference):
@@ -93,7 +100,7 @@ class FusedOctConv(Inference):
         self.in_low, self.splits = conv.in_low, (conv.out_high, conv.out_low)
         self.pool, self.stride, self.low_stride = conv.pool, conv._pooled, _low_stride(conv)
         self.pads, self.dilation = conv._pads, conv.dilation
-        self.convolve = F.conv3d if len(conv.kernel_size) == 3 else F.conv2d
+        self.one = (1,) * len(conv.kernel_size)
         self.pool_high = pooling(conv, arrangement)
         weight = conv.weight if conv.in_order is None else conv.weight[:, conv.in_order]
         bias = conv.bias if conv.bias is not None else weight.new_zeros(conv.out_channels)
@@ -119,7 +126,7 @@ class FusedOctConv(Inference):
     def _joint(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
         if low is not None:
             low = upsample(_pool(low, self.low_stride), high.shape[2:])
-            high = torch.cat([high, low], dim=1)
+            high = _behind(high, low)
         y_high = self._conv(high, self.high_kernel, self.high_bias)
         if not self.splits[1]:
             return y_high
@@ -132,7 +139,7 @@ class FusedOctConv(Inference):
         if not self.splits[1]:
             return y_high
         pooled = _pool(high, self.pool) if pooled is None else pooled
-        low = torch.cat([pooled, _pool(low, self.stride)], dim=1)
+        low = _behind(pooled, _pool(low, self.stride))
         return Octave(y_high, self._conv(low, self.low_kernel, self.low_bias))
 
     def _late(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
@@ -145,7 +152,7 @@ class FusedOctConv(Inference):
 
     def _conv(self, x: Tensor, kernel: Tensor | None, bias: Tensor | None = None) -> Tensor:
         assert kernel is not None
-        return self.convolve(x, kernel, bias, 1, self.pads, self.dilation)
+        return _convolve(x, kernel, bias, self.one, self.pads, self.dilation)
 
     def extra_repr(self) -> str:
         return f"{self.arrangement}, {self.splits}"
@@ -271,6 +278,38 @@ def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 def _every(x: Tensor, axis: int, step: int, offset: int) -> Tensor:
     return x if step == 1 else x[(slice(None),) * axis + (slice(offset, None, step),)]
+
+
+def _behind(x: Tensor, y: Tensor) -> Tensor:
+    """torch.cat([x, y], dim=1), but channels last stays so: of a batch of one, torch.cat may not see that it is."""
+    if x.stride(1) == 1 and not torch.compiler.is_compiling():
+        return torch.cat([x.movedim(1, -1), y.movedim(1, -1)], dim=-1).movedim(-1, 1)
+    return torch.cat([x, y], dim=1)
+
+
+def _convolve(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int = 1,
+) -> Tensor:
+    """F.conv2d or F.conv3d. In eager mode on one thread the latter goes by a slow path where the former does not."""
+    if x.dim() == 4:
+        return F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
+    if x.stride(1) == 1 and not torch.compiler.is_compiling():  # channels last: what follows are views
+        if kernel.shape[2] == 1 and stride[0] == 1 and padding[0] == 0:
+            # [N, C, T, H, W] -> [N*T, C, H, W]
+            frames = x.transpose(1, 2).flatten(0, 1)
+            y = F.conv2d(frames, kernel.squeeze(2), bias, stride[1:], padding[1:], dilation[1:], groups)
+            return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        if kernel.shape[3:] == (1, 1) and stride[1:] == (1, 1) and padding[1:] == (0, 0):
+            # [N, C, T, H, W] -> [N, C, T, H*W]
+            geometry = ((stride[0], 1), (padding[0], 0), (dilation[0], 1))
+            return F.conv2d(x.flatten(3), kernel.squeeze(4), bias, *geometry, groups).unflatten(3, x.shape[3:])
+    return F.conv3d(x, kernel, bias, stride, padding, dilation, groups)
 
 
 def _finish(y: Feature, shortcut: Feature | None, activation: nn.Module | None) -> Feature:
