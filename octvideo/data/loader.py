@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import signal
 import threading
@@ -130,6 +131,10 @@ class Loader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.loader.num_workers:
+            # Decoders that the program has dropped, but not freed yet, would be freed by a worker, which waits for ever for
+            # their threads: a fork has none of them.
+            gc.collect()
         try:
             yield from self.loader
         except RuntimeError as error:

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 
@@ -184,6 +186,29 @@ def test_a_worker_that_hangs_is_named_by_its_file_after_the_timeout() -> None:
 def test_a_worker_that_dies_is_named_by_its_file() -> None:
     with pytest.raises(LoaderError, match=r"a decoding worker died; workers .*\n  0 s: clips/1.mp4"):
         list(probe(0, die=True))
+
+
+def test_workers_do_not_free_the_decoders_that_the_program_has_dropped(videos: VideoList) -> None:
+    """A decoder with threads, held by nothing but itself, when the workers are forked."""
+
+    class Collecting(Probe):
+        def __getitem__(self, index: int) -> Sample:
+            gc.collect()
+            return super().__getitem__(index)
+
+    gc.disable()
+    try:
+        container = av.open(videos.path(0))
+        container.streams.video[0].codec_context.thread_count = 4
+        container.streams.video[0].thread_type = "SLICE"
+        next(container.decode(video=0))
+        dropped: list = [container]
+        dropped.append(dropped)
+        del container, dropped
+        loader = Loader(Collecting(0), EvalBatches(2, batch_size=1), path_of=str, num_workers=1, timeout_s=10)
+        assert len(list(loader)) == 2
+    finally:
+        gc.enable()
 
 
 def test_an_error_in_a_dataset_is_no_matter_of_the_loader(videos: VideoList) -> None:
