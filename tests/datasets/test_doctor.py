@@ -478,11 +478,14 @@ def test_ctrl_c(folder: Path) -> None:
         "sys.exit(kinetics.main(sys.argv[1:]))"
     )
     given = ["--list", folder / "train.txt", "--prefix", folder / "videos", "--out", folder / "health", "--workers", 2]
+    # A shell that starts this suite in the background has its children ignore ctrl-C; this one must not inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     run = subprocess.Popen(
         [sys.executable, "-c", code, "check", *map(str, given)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed,
         cwd=Path(__file__).parents[2],
     )
     results = folder / "health" / "results.jsonl"
