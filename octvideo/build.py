@@ -401,9 +401,13 @@ def epochs_in_all(cfg: CfgNode, steps_per_epoch: int) -> float:
 
 
 def _rates_end(cfg: CfgNode, steps_per_epoch: int) -> tuple[float, ...]:
-    """Where each rate of SOLVER.ITERATIONS ends, in epochs: after as many clips, whatever the batch."""
-    counts = [count * cfg.SOLVER.BASE_BATCH / cfg.TRAIN.BATCH_SIZE for count in cfg.SOLVER.ITERATIONS]
-    return optim.milestones_of(counts, steps_per_epoch)
+    """Where each rate of SOLVER.ITERATIONS ends, in epochs."""
+    return optim.milestones_of(_iterations(cfg), steps_per_epoch)
+
+
+def _iterations(cfg: CfgNode) -> list[float]:
+    """SOLVER.ITERATIONS as steps of TRAIN.BATCH_SIZE: as many clips, whatever the batch."""
+    return [count * cfg.SOLVER.BASE_BATCH / cfg.TRAIN.BATCH_SIZE for count in cfg.SOLVER.ITERATIONS]
 
 
 def learning_rate(cfg: CfgNode, steps_per_epoch: int) -> Callable[[float], float]:
@@ -425,10 +429,10 @@ def learning_rate(cfg: CfgNode, steps_per_epoch: int) -> Callable[[float], float
 
 def mix(cfg: CfgNode, world: World) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     """(clips, labels, step) -> (clips, targets), mixed as TRAIN.MIXUP and CUTMIX say; other draws on each rank and step."""
+    both = ((transforms.mixup, cfg.TRAIN.MIXUP), (transforms.cutmix, cfg.TRAIN.CUTMIX))
+    ways = [(way, alpha) for way, alpha in both if alpha]
 
     def mixed(clips: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        ways = [(transforms.mixup, cfg.TRAIN.MIXUP), (transforms.cutmix, cfg.TRAIN.CUTMIX)]
-        ways = [(way, alpha) for way, alpha in ways if alpha]
         if not ways:
             return clips, labels
         generator = seeded_generator("mixup", cfg.SEED, step, world.rank)
@@ -862,7 +866,7 @@ def _announce(run: _Run, videos: int, steps: int) -> None:
         f"{cfg.SOLVER.SCHEDULE}, starting at {lr(0):.4g}"
     )
     if cfg.SOLVER.ITERATIONS:
-        held = " + ".join(str(round(count * cfg.SOLVER.BASE_BATCH / batch)) for count in cfg.SOLVER.ITERATIONS)
+        held = " + ".join(str(round(count)) for count in _iterations(cfg))
         log.say(f"steps at each rate {cfg.SOLVER.ITERATIONS} of {cfg.SOLVER.BASE_BATCH} clips -> {held} of {batch}")
     if progress.step:
         part = f" and {progress.step_in_epoch} steps of the next" if progress.step_in_epoch else ""
