@@ -77,6 +77,8 @@ class Submitted:
         ranks = ranks_of(self.job)
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
+        # not at once: a rank that still ran would be taken for one that SLURM has woken
+        until(lambda: all(map(stopped, ranks)), f"the ranks of job {self.job} stand still")
         assert len(ranks) == 2 and self.run.steps() < STEPS
         return ranks
 
@@ -98,11 +100,14 @@ def ranks_of(job: str, name: str = "submitit") -> list[int]:
     return found
 
 
+def stopped(pid: int) -> bool:
+    return "T (stopped)" in Path(f"/proc/{pid}/status").read_text()
+
+
 def goes_on_when_signalled(ranks: list[int], number: int) -> None:
     def signalled(pid: int) -> bool:
-        status = Path(f"/proc/{pid}/status").read_text()
-        pending = int(re.search(r"ShdPnd:\t(\w+)", status)[1], 16)
-        return bool(pending >> (number - 1) & 1) or "T (stopped)" not in status  # SLURM sends SIGCONT before SIGTERM
+        pending = int(re.search(r"ShdPnd:\t(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+        return bool(pending >> (number - 1) & 1) or not stopped(pid)  # SLURM sends SIGCONT before SIGTERM
 
     for pid in ranks:
         until(lambda: signalled(pid), f"signal {number} at {pid}")  # noqa: B023
@@ -175,8 +180,13 @@ def test_a_node_is_lost(data: Path, local: Path, tmp_path: Path, capsys: pytest.
         os.kill(pid, signal.SIGKILL)
     slurm("scontrol", "update", "nodename=octnode2", "state=down", "reason=lost")
     until(lambda: field(job.job, "Restarts") == "1", "requeued by SLURM")
-    resume = ["scontrol", "update", "nodename=octnode2", "state=resume"]
-    until(lambda: subprocess.run(resume, capture_output=True).returncode == 0, "the node is back")
+
+    def is_back() -> bool:
+        """By the command, which is refused for a node that reported by itself in the meantime (ReturnToService=2)."""
+        subprocess.run(["scontrol", "update", "nodename=octnode2", "state=resume"], capture_output=True)
+        return "DOWN" not in re.search(r"State=(\S+)", slurm("scontrol", "show", "node", "octnode2"))[1]
+
+    until(is_back, "the node is back")
     job.finish()
     assert "going on after epoch" in job.said() and "stopped by" not in job.said()
     check_same(local, job.run.out)
