@@ -8,11 +8,12 @@ of these layers can be fused, not only those that this package knows.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def fuse(model: nn.Module) -> FusedNetwork:
     of this package.
     """
     return _Builder(copy.deepcopy(model).eval()).build()
+
+
+_frames_as_channels = False
+
+
+@contextlib.contextmanager
+def frames_as_channels() -> Iterator[None]:
+    """Networks exported in here pool and upsample [N, C, T, H, W] as images [N, C*T, H, W].
+
+    For back ends that have fast kernels of this kind for images alone (ONNX Runtime: 20 times).
+    """
+    global _frames_as_channels
+    before, _frames_as_channels = _frames_as_channels, True
+    try:
+        yield
+    finally:
+        _frames_as_channels = before
 
 
 class Inference(nn.Module):
@@ -70,15 +88,23 @@ class FusedConv(Inference):
     def __init__(self, conv: _ConvNd, activation: nn.Module | None) -> None:
         super().__init__()
         self.conv, self.activation = conv.requires_grad_(False), activation
+        self.pool, self.stride = (1,) * len(conv.stride), conv.stride
+        one_frequency = True
+        if isinstance(conv, _OctConv):
+            # in octave networks the convolutions over one frequency stride by pooling, too
+            self.pool, self.stride = conv._pooled, conv._step
+            one_frequency = not (conv.in_low or conv.out_low)
+        self.padding = conv.padding if one_frequency and conv.padding_mode == "zeros" else "its own"
 
     def forward(self, x: Feature, shortcut: Feature | None = None) -> Feature:
-        conv, padding = self.conv, self.conv.padding
-        plain = type(conv) in (nn.Conv2d, nn.Conv3d) and conv.padding_mode == "zeros"
+        conv, padding = self.conv, self.padding
         y: Feature
-        if plain and isinstance(x, Tensor) and not isinstance(padding, str):
-            y = _convolve(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
-        else:
+        if isinstance(padding, str):
             y = conv(x)
+        else:
+            assert isinstance(x, Tensor)
+            x = _pool(x, self.pool)
+            y = _convolve(x, conv.weight, conv.bias, self.stride, padding, conv.dilation, conv.groups)
         return _finish(y, shortcut, self.activation)
 
 
@@ -125,7 +151,7 @@ class FusedOctConv(Inference):
 
     def _joint(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
         if low is not None:
-            low = upsample(_pool(low, self.low_stride), high.shape[2:])
+            low = _upsample(_pool(low, self.low_stride), high.shape[2:])
             high = _behind(high, low)
         y_high = self._conv(high, self.high_kernel, self.high_bias)
         if not self.splits[1]:
@@ -262,7 +288,14 @@ def pool_high(x: Feature, kernel: tuple[int, ...]) -> Tensor:
 
 
 def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """`average_pool` in whatever layout x has, slices of channels too, and as sums of slices, which compilers fuse."""
+    """`average_pool` in whatever layout x has, slices of channels too, and as sums of slices, which compilers fuse.
+
+    In exported networks it is one step: other back ends have a fast one, and take slices one by one.
+    """
+    if torch.compiler.is_exporting():
+        if x.dim() == 4 or _frames_as_channels or set(kernel) == {1}:
+            return average_pool(x, kernel)
+        return F.avg_pool3d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
     missing = [-size % k for size, k in zip(x.shape[2:], kernel, strict=True)]
     if any(missing):
         if not torch.compiler.is_compiling():
@@ -321,6 +354,8 @@ def _finish(y: Feature, shortcut: Feature | None, activation: nn.Module | None) 
 
 def _add_upsampled(y: Tensor, low: Tensor) -> Tensor:
     """y + upsample(low), without the upsampled map where sizes are even: each value of low meets 2 (4, 8) of y."""
+    if torch.compiler.is_exporting():
+        return y + _upsample(low, y.shape[2:])
     sizes = list(zip(y.shape[2:], low.shape[2:], strict=True))
     if any(size != small and size != 2 * small for size, small in sizes):
         return y + upsample(low, y.shape[2:])
@@ -331,6 +366,13 @@ def _add_upsampled(y: Tensor, low: Tensor) -> Tensor:
     for axis in doubled:
         y = y.flatten(axis, axis + 1)
     return y
+
+
+def _upsample(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    if x.dim() == 5 and _frames_as_channels and torch.compiler.is_exporting() and x.shape[2] == size[0]:
+        # [N, C, T, H, W] -> [N, C*T, H, W]
+        return upsample(x.flatten(1, 2), size[1:]).unflatten(1, x.shape[1:3])
+    return upsample(x, size)
 
 
 def _constant(values: Tensor | None) -> nn.Parameter | None:

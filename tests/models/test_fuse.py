@@ -1,6 +1,8 @@
 """Every network's inference form gives the network's numbers, and exports."""
 
 import copy
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from octvideo.models import NETWORKS, SlowFastSpec, Spec, create, with_octave
 from octvideo.octave import fuse
-from octvideo.octave.fuse import FusedConv, FusedOctConv
+from octvideo.octave.fuse import FusedConv, FusedOctConv, frames_as_channels
 
 from .shallow import cut
 from .test_export import NETWORKS as CONFIGURATIONS
@@ -103,6 +105,21 @@ def check_export(name: str, strict: bool) -> None:
 
 def test_export() -> None:
     check_export("i3d_tiny", strict=False)
+
+
+@pytest.mark.parametrize("dims,pool", [(3, (1, 2, 2)), (2, (1, 2, 2)), (3, (2, 2, 2))])
+def test_pooling_and_upsampling_are_single_steps_of_an_exported_network(dims: int, pool: tuple[int, ...]) -> None:
+    fused = fuse(network(with_octave(NETWORKS["i3d_tiny"](8), 0.25, pool=pool)))
+    x, steps = torch.randn(1, 3, 5, 33, 35), Counter()
+    with frames_as_channels() if dims == 2 else nullcontext():
+        exported = torch.export.export(fused, (x,), strict=False)
+    for node in exported.graph.nodes:
+        steps[getattr(node.target, "__name__", "").split(".")[0]] += 1
+    other = 5 - dims
+    assert steps[f"avg_pool{dims}d"] > 5 and steps[f"upsample_nearest{dims}d"] > 5 and steps["slice"] == 0
+    assert steps[f"avg_pool{other}d"] == 0 and steps[f"upsample_nearest{other}d"] == 0
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x), fused(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
