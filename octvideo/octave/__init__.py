@@ -1,4 +1,4 @@
-"""The octave operator: two-frequency features and the layers over them. Imports torch only."""
+"""The octave operator: two-frequency features and the layers over them. Imports torch only; on GPUs Triton too."""
 
 from octvideo.octave.attention import GlobalReasoning, NonLocal
 from octvideo.octave.conv import OctConv2d, OctConv3d

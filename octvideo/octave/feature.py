@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octvideo.octave import kernels
+
 
 class Octave(NamedTuple):
     """A feature map in two frequencies (paper, section 3.1).
@@ -76,6 +78,8 @@ def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
         return x
     if x.shape[1] == 0:
         return x.new_empty(*x.shape[:2], *low_size(x.shape[2:], kernel))
+    if max(kernel) <= 2 and kernels.usable(x):
+        return kernels.average_pool(x, kernel)
     if x.dim() == 4:
         return _average_pool2d(x, tuple(kernel))
     time, height, width = kernel
@@ -111,6 +115,13 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="nearest")
+
+
+def add_upsampled_(y: Tensor, low: Tensor) -> Tensor:
+    """y += upsample(low) in place; gives y. y: [N, C, (T,) H, W], low: [N, C, (T_low,) H_low, W_low]."""
+    if kernels.usable(y, low):
+        return kernels.add_upsampled_(y, low)
+    return y.add_(upsample(low, y.shape[2:]))
 
 
 def lift(fn: Callable[..., Tensor], *features: Feature) -> Feature:
