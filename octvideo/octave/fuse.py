@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from octvideo.octave import kernels
 from octvideo.octave.attention import GlobalReasoning, NonLocal
 from octvideo.octave.conv import _OctConv
 from octvideo.octave.feature import Feature, Octave, average_pool, concatenate, global_average_pool, lift, upsample
@@ -146,35 +147,39 @@ class FusedOctConv(Inference):
             pooled = _pool(high, self.pool_high)
         if pooled is not None and self.pool_high == self.stride:
             high, pooled = pooled, None
-        y = getattr(self, f"_{self.arrangement}")(high, low, pooled)
-        return _finish(y, shortcut, self.activation)
+        y, up = getattr(self, f"_{self.arrangement}")(high, low, pooled)
+        if up is None:
+            return _finish(y, shortcut, self.activation)
+        return _finish_upsampled(y, up, shortcut, self.activation)
 
-    def _joint(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
+    # Each gives its output and the map that is still to be upsampled and added to the high one.
+
+    def _joint(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> tuple[Feature, None]:
         if low is not None:
             low = _upsample(_pool(low, self.low_stride), high.shape[2:])
             high = _behind(high, low)
         y_high = self._conv(high, self.high_kernel, self.high_bias)
         if not self.splits[1]:
-            return y_high
+            return y_high, None
         pooled = _pool(high, self.pool) if pooled is None else pooled
-        return Octave(y_high, self._conv(pooled, self.low_kernel, self.low_bias))
+        return Octave(y_high, self._conv(pooled, self.low_kernel, self.low_bias)), None
 
-    def _apart(self, high: Tensor, low: Tensor, pooled: Tensor | None) -> Feature:
+    def _apart(self, high: Tensor, low: Tensor, pooled: Tensor | None) -> tuple[Feature, Tensor]:
         y_high = self._conv(high, self.high_kernel, self.high_bias)
-        y_high = _add_upsampled(y_high, self._conv(_pool(low, self.low_stride), self.up_kernel))
+        up = self._conv(_pool(low, self.low_stride), self.up_kernel)
         if not self.splits[1]:
-            return y_high
+            return y_high, up
         pooled = _pool(high, self.pool) if pooled is None else pooled
         low = _behind(pooled, _pool(low, self.stride))
-        return Octave(y_high, self._conv(low, self.low_kernel, self.low_bias))
+        return Octave(y_high, self._conv(low, self.low_kernel, self.low_bias)), up
 
-    def _late(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> Feature:
+    def _late(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> tuple[Feature, Tensor | None]:
         y_high, y_low = self._conv(high, self.high_kernel, self.high_bias).split(self.splits, dim=1)
         y_low = _pool(y_low, self.pool)
         if low is None:
-            return Octave(y_high.clone(), y_low)
+            return Octave(y_high.clone(), y_low), None
         from_high, from_low = self._conv(_pool(low, self.stride), self.up_kernel).split(self.splits, dim=1)
-        return Octave(_add_upsampled(y_high, from_high), y_low + from_low)
+        return Octave(y_high, y_low + from_low), from_high
 
     def _conv(self, x: Tensor, kernel: Tensor | None, bias: Tensor | None = None) -> Tensor:
         assert kernel is not None
@@ -296,6 +301,8 @@ def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
         if x.dim() == 4 or _frames_as_channels or set(kernel) == {1}:
             return average_pool(x, kernel)
         return F.avg_pool3d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
+    if kernels.usable(x):
+        return kernels.average_pool(x, kernel)
     missing = [-size % k for size, k in zip(x.shape[2:], kernel, strict=True)]
     if any(missing):
         if not torch.compiler.is_compiling():
@@ -350,6 +357,33 @@ def _finish(y: Feature, shortcut: Feature | None, activation: nn.Module | None) 
     if shortcut is not None:
         y = lift(Tensor.add_, y, shortcut)
     return y if activation is None else lift(activation, y)
+
+
+def _finish_upsampled(y: Feature, up: Tensor, shortcut: Feature | None, activation: nn.Module | None) -> Feature:
+    """activation(y + shortcut) with upsample(up) added to y's high map first."""
+    high, low = y if isinstance(y, Octave) else (y, None)
+    if _in_one_pass(high, up, y, shortcut):
+        beside_high, beside_low = shortcut if isinstance(shortcut, Octave) else (shortcut, None)
+        relu = type(activation) is nn.ReLU
+        high = kernels.add_upsampled(high, up, shortcut=beside_high, relu=relu)
+        if activation is not None and not relu:
+            high = activation(high)
+        if low is None:
+            return high
+        low = low if beside_low is None else low.add_(beside_low)
+        return Octave(high, low if activation is None else activation(low))
+    high = _add_upsampled(high, up)
+    return _finish(high if low is None else Octave(high, low), shortcut, activation)
+
+
+def _in_one_pass(high: Tensor, up: Tensor, y: Feature, shortcut: Feature | None) -> bool:
+    """Do the kernels take it? They have no gradient here, and a shortcut does not broadcast."""
+    maps = [high, up]
+    if shortcut is not None:
+        maps.append(shortcut.high if isinstance(shortcut, Octave) else shortcut)
+        if isinstance(shortcut, Octave) != isinstance(y, Octave) or maps[-1].shape != high.shape:
+            return False
+    return kernels.usable(*maps) and not (torch.is_grad_enabled() and any(x.requires_grad for x in maps))
 
 
 def _add_upsampled(y: Tensor, low: Tensor) -> Tensor:
