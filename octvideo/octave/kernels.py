@@ -259,15 +259,23 @@ def _channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.is_contiguous()
 
 
+def _memory_format(x: Tensor, last: bool) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return formats[x.dim()] if last else torch.contiguous_format
+
+
+def _dense(x: Tensor | None, last: bool) -> bool:
+    return x is not None and x.is_contiguous(memory_format=_memory_format(x, last))
+
+
 def _low_size(size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-s // k) for s, k in zip(size, kernel, strict=True))
 
 
 def _empty(x: Tensor, size: Sequence[int], last: bool) -> Tensor:
     """A map of x's batch, channels and kind, dense in the memory format."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats[x.dim()] if last else torch.contiguous_format
-    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    shape = (*x.shape[:2], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, last))
 
 
 def _launch_pool(x: Tensor, y: Tensor, kernel: tuple[int, ...], mean: bool, last: bool) -> None:
@@ -303,7 +311,7 @@ def _launch_spread(
     with torch.cuda.device_of(out):
         _programs().spread[grid](
             out, y, low, shortcut, scale, shift, *tile[:2], channels, *size, *strides, *_window(kernel), mean, relu,
-            out is y, last, *tile[2:],
+            out is y, _dense(y, last), _dense(shortcut, last), last, *tile[2:],
         )  # fmt: skip
 
 

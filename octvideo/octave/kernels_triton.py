@@ -44,13 +44,14 @@ def spread(
     y_n, y_c, y_t, y_h, y_w, low_n, low_c, low_t, low_h, low_w,
     shortcut_n, shortcut_c, shortcut_t, shortcut_h, shortcut_w,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    IN_PLACE: tl.constexpr, Y_DENSE: tl.constexpr, SHORTCUT_DENSE: tl.constexpr,
     LAST: tl.constexpr, LARGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out = relu((y + upsampled low) * scale + shift + shortcut), each but low possibly None, i.e. left out.
 
     out, y and shortcut are [N, C, T, H, W], scale and shift [C]. MEAN divides low by the size of its window. out is
-    dense, or with IN_PLACE y itself.
+    dense, or with IN_PLACE y itself. What is as DENSE as that needs no strides, whose sum hides from the compiler that
+    several values can be read at once.
     """
     row, column, here = _tile(rows, columns, LARGE, ROWS, COLUMNS)
     n, c, t, h, w = _place(row, column, C, T, H, W, LAST)
@@ -60,7 +61,7 @@ def spread(
         value *= _share(t // KT * KT, T, KT) * _share(h // KH * KH, H, KH) * _share(w // KW * KW, W, KW)
     at = row * columns + column
     if y is not None:
-        y_at = n * y_n + c * y_c + t * y_t + h * y_h + w * y_w
+        y_at = at if Y_DENSE else n * y_n + c * y_c + t * y_t + h * y_h + w * y_w
         value += tl.load(y + y_at, mask=here, other=0.0).to(tl.float32)
         if IN_PLACE:
             at = y_at
@@ -69,8 +70,9 @@ def spread(
     if shift is not None:
         value += tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)
     if shortcut is not None:
-        source = shortcut + n * shortcut_n + c * shortcut_c + t * shortcut_t + h * shortcut_h + w * shortcut_w
-        value += tl.load(source, mask=here, other=0.0).to(tl.float32)
+        source = n * shortcut_n + c * shortcut_c + t * shortcut_t + h * shortcut_h + w * shortcut_w
+        source = row * columns + column if SHORTCUT_DENSE else source
+        value += tl.load(shortcut + source, mask=here, other=0.0).to(tl.float32)
     if RELU:
         value = tl.where(value < 0.0, 0.0, value)  # as torch's, which lets NaN through; tl.maximum does not
     tl.store(out + at, value.to(out.dtype.element_ty), mask=here)

@@ -47,17 +47,21 @@ CASES = [
 Case = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> ModuleType:
+def a_copy_of_the_programs(name: str) -> ModuleType:
     pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")
-    path = Path(kernels.__file__).with_name("kernels_triton.py")
-    spec = importlib.util.spec_from_file_location("kernels_interpreted", path)
+    spec = importlib.util.spec_from_file_location(name, Path(kernels.__file__).with_name("kernels_triton.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")  # as it is elsewhere
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a program is defined
-        spec.loader.exec_module(module)
-    return module
+        return a_copy_of_the_programs("kernels_interpreted")
 
 
 @pytest.fixture
@@ -575,40 +579,54 @@ def test_the_environment_turns_them_off() -> None:
 # --- what a GPU would run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("capability", "pointer"), [(80, "*bf16"), (90, "*fp32")])
-@pytest.mark.parametrize("last", [False, True])
-def test_they_compile_for_gpus(
-    last: bool, pointer: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_launches_compile_for_gpus(
+    layout: str, capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Down to machine code, which needs no device: values of one thread are written 16 bytes at a time."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")
+    """All of a launch but its last step, down to machine code, which needs no device."""
+    programs = a_copy_of_the_programs("kernels_compiled")
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
+
+    class NoDevice:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    found: list[tuple[str, str]] = []
+
+    class Program:
+        def __init__(self, name: str) -> None:
+            self.name, self.program = name, getattr(programs, name)
+
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def compile_it(*args: object) -> None:
+                compiled = self.program.warmup(*args, grid=grid)
+                assert compiled.asm["cubin"]
+                found.append((self.name, compiled.asm["ptx"]))
+
+            return compile_it
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    programs = kernels._programs()
-    window = {"KT": 1, "KH": 2, "KW": 2, "LAST": last, "LARGE": False, "ROWS": 1, "COLUMNS": kernels.TILE}
-    inner = "c" if last else "w"
-    for program, maps, constants in (
-        (programs.pool, {"x", "y"}, {"MEAN": True, f"x_{inner}": 1}),
-        (
-            programs.spread,
-            {"out", "y", "low", "shortcut"},
-            {"MEAN": False, "RELU": True, "IN_PLACE": True, "scale": None, "shift": None, f"y_{inner}": 1}
-            | {f"low_{inner}": 1, f"shortcut_{inner}": 1},
-        ),
-    ):
-        constants = constants | window
-        names = program.arg_names
-        kinds = {n: "constexpr" if n in constants else pointer if n in maps else "i32" for n in names}
-        places = {(names.index(n),): value for n, value in constants.items()}
-        # addresses, sizes and strides that 16 divides, as the launcher would find them
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
-        source = ASTSource(fn=program, signature=kinds, constexprs=places, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert compiled.asm["cubin"]
-        assert "st.global.v4.b32" in compiled.asm["ptx"]
-        assert "ld.global.v4.b32" in compiled.asm["ptx"] or (program is programs.pool and not last)
+    monkeypatch.setattr(kernels, "_programs", lambda: SimpleNamespace(pool=Program("pool"), spread=Program("spread")))
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    case = ((8, 64, 4, 56, 56), (2, 2, 2))
+    x, low = a_map(case[0], "cpu", layout, dtype), a_low_map(case, "cpu", layout, dtype)
+    kernels.average_pool(x, case[1])
+    kernels.add_upsampled(x, low, shortcut=x, relu=True)
+    low.requires_grad_()
+    torch.autograd.grad(kernels.add_upsampled_(x, low), low, x.clone())
+    assert [name for name, _ in found] == ["pool", "spread", "spread", "pool"]
+    for name, code in found:
+        # 16 bytes at a time, but for the contiguous windows, whose values lie one beside the other
+        assert "st.global.v4.b32" in code
+        assert ("ld.global.v4.b32" in code) == (name == "spread" or layout == "channels last")
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
