@@ -234,6 +234,18 @@ def test_int64_offsets_begin_where_int32_would_end() -> None:
     assert kernels._tiles(part, False, part)[1][2]
 
 
+def test_offsets_beyond_32_bits(cpu: str) -> None:
+    """Channels 1.5 GB apart, of which only what is used is ever given memory: int32 would wrap around at the last one."""
+    apart = 3 * 2**28
+    x = torch.empty(3 * apart + 16, dtype=torch.float16).as_strided((1, 4, 3, 4), (0, apart, 4, 1))
+    x.copy_(torch.randn(x.shape))
+    y = kernels.average_pool(x, (2, 2))
+    assert torch.equal(y, eager_pool(x.contiguous(), (2, 2)))
+    expected = eager_sum(x, y)
+    assert torch.equal(kernels.add_upsampled(x, y), expected)
+    assert torch.equal(kernels.add_upsampled_(x, y), expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views(layout: str, device: str) -> None:
     x = a_map((2, 8, 3, 5, 6), device, layout)
@@ -533,6 +545,9 @@ def test_not_used_where_somebody_follows_the_operations(cpu: str, launches: Coun
     assert torch.equal(torch.func.vmap(pool)(x[None])[0], expected)
     torch.func.grad(lambda t: pool(t).sum())(x)
     assert torch.equal(torch.func.jvp(pool, (x,), (x,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = pool(torch.autograd.forward_ad.make_dual(x, x))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
     with FakeTensorMode() as mode:
         assert pool(mode.from_tensor(x)).shape == (2, 2, 2, 2)
     watching = Watching()
