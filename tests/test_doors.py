@@ -17,6 +17,7 @@ DOORS = {
     "engine": {"engine"},
     "analysis": {"analysis", "octave"},
     "launch": {"engine"},
+    "deploy": {"octave"},
     "build": {"octave", "models", "weights", "data", "config", "engine", "analysis"},
     "__init__": set(),
 }
