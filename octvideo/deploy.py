@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import io
 import json
+import logging
 import os
-import platform
 import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,9 +28,11 @@ from torch._inductor import config as inductor_config
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 DTYPES = (torch.float32, torch.bfloat16)
+FORMATS = (".onnx", ".pt2", ".xml")
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a tensor
 METADATA = "metadata.json"  # in a .pt2
 RT_INFO = "octvideo"  # in an .xml
+CPU_INFO = Path("/proc/cpuinfo")
 
 Run = Callable[[Tensor], Tensor]
 
@@ -38,7 +42,7 @@ class BackendError(RuntimeError):
 
 
 class ExportError(RuntimeError):
-    """A file that could not be written or read; the message says which."""
+    """A network that cannot be exported, or a file that cannot be written or read; the message says which and why."""
 
 
 def runner(
@@ -67,26 +71,32 @@ def runner(
 
 
 def export(
-    model: nn.Module, clip: Tensor, path: Path, *, metadata: Mapping[str, str] = MappingProxyType({})
+    model: nn.Module,
+    clip: Tensor,
+    path: Path,
+    *,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Write the network as FILE.onnx, FILE.pt2 (torch.export) or FILE.xml with FILE.bin (OpenVINO); the files written.
 
     clip: an example, [N, C, T, H, W] or [N, C, H, W]; every size but N becomes part of the file. In .onnx and .xml the input
-    is named `clip`, the output `logits`. metadata: text by name, for whoever runs the file.
-    The files are whole or not there: an old .xml and a new .bin never lie side by side.
-    Raises BackendError for another suffix or what is not installed, ExportError where nothing can be written.
+    is named `clip`, the output `logits`. metadata: text by name, for whoever runs the file. check: is given the file before
+    it takes its place, and raises where it is of no use.
+    Files are whole or not there: an old .xml and a new .bin never lie side by side.
+    Raises BackendError for another suffix or what is not installed, ExportError for a network that no exporter can follow
+    or where nothing can be written.
     """
-    save = _format(path, _SAVE)
+    check_format(path)
+    save = {".onnx": _save_onnx, ".pt2": _save_pt2, ".xml": _save_xml}[path.suffix]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            save(model, clip, Path(folder) / path.name, metadata)
-            files = sorted(Path(folder).iterdir())  # a .bin goes before its .xml
-            for file in files:
-                _flush(file)
-            for leftover in [path] if len(files) > 1 else []:
-                leftover.unlink(missing_ok=True)
-            return [file.replace(path.with_name(file.name)) for file in files]
+            unfinished = Path(folder) / path.name
+            save(model, clip, unfinished, metadata)
+            if check:
+                check(unfinished)
+            return _put(sorted(Path(folder).iterdir()), path)
     except OSError as error:
         raise ExportError(f"{path}: could not be written ({error.strerror or error})") from error
 
@@ -94,21 +104,29 @@ def export(
 def load(path: Path, *, threads: int) -> Callable[[Tensor], Tensor]:
     """What `export` wrote as a function: float32 clips of its size, any number of them -> float32 logits [N, K].
 
+    Of other people's files, read only .onnx and .xml: torch does not promise that a .pt2 is harmless.
     Raises BackendError for another suffix or what is not installed, ExportError for a file that is none or not whole.
     """
-    _check("eager", threads, torch.float32)
-    read = _format(path, {".onnx": _load_onnx, ".pt2": _load_pt2, ".xml": _load_xml})
+    check_format(path)
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file")
+    read = {".onnx": _load_onnx, ".pt2": _load_pt2, ".xml": _load_xml}[path.suffix]
     return read(path, threads)
 
 
+def check_format(path: Path) -> None:
+    """Raises BackendError for a suffix that is none of FORMATS."""
+    if path.suffix not in FORMATS:
+        raise BackendError(f"{path}: no format is known for {path.suffix!r}; choose from {', '.join(FORMATS)}")
+
+
 def has_bfloat16() -> bool:
-    """Has this CPU instructions for bfloat16? Without them it is emulated, slower than float32."""
+    """Has this CPU instructions for bfloat16? Without them it is emulated, slower than float32. Known on Linux alone."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: Apple's processors of 2022 and later have them
-        return platform.machine() == "arm64"
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    words = next(lines, "").split()
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return False
+    words = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
@@ -123,7 +141,9 @@ def _check(backend: str, threads: int, dtype: torch.dtype) -> None:
         if backend == "onnxruntime":
             raise BackendError("onnxruntime has no bfloat16 on CPUs; take openvino or compile, or float32")
         if not has_bfloat16():
-            raise BackendError("this CPU has no bfloat16 (avx512_bf16, amx_bf16 or ARM's bf16); take float32")
+            raise BackendError(
+                f"this CPU has no bfloat16 (no avx512_bf16, amx_bf16, ARM bf16 in {CPU_INFO}); take float32"
+            )
 
 
 def _package(name: str, extra: str) -> Any:
@@ -189,17 +209,39 @@ def _program(model: nn.Module, clip: Tensor, *, any_batch: bool) -> torch.export
     if any_batch:
         clip = torch.cat([clip[:1]] * 2)  # a batch of 1 would be taken for a constant
         shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with torch.no_grad():
-        return torch.export.export(copy.deepcopy(model).eval().requires_grad_(False), (clip,), dynamic_shapes=shapes)
+    with torch.no_grad(), _exporting("torch.export"):
+        program = torch.export.export(copy.deepcopy(model).eval().requires_grad_(False), (clip,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names files of this machine
+    return program
+
+
+@contextlib.contextmanager
+def _exporting(exporter: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the exporters' own have no other common base
+        reason: BaseException = error
+        while reason.__cause__:  # the first error has the reason, those around it advice
+            reason = reason.__cause__
+        raise ExportError(f"{exporter} cannot export this network ({_brief(reason)})") from error
 
 
 def _save_pt2(model: nn.Module, clip: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    program = _program(model, clip, any_batch=True)
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(dict(metadata), ensure_ascii=False)})
+    content = io.BytesIO()  # given a path, torch ends the process where the disk is full
+    extra_files = {METADATA: json.dumps(dict(metadata), ensure_ascii=False)}
+    torch.export.save(_program(model, clip, any_batch=True), content, extra_files=extra_files)
+    path.write_bytes(content.getbuffer())
 
 
 def _load_pt2(path: Path, threads: int) -> Run:
-    module = _reading(path, lambda: torch.export.load(path)).module()
+    def read() -> nn.Module:
+        with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not agree")
+        return torch.export.load(path).module()
+
+    module = _reading(path, read)
 
     def run(clips: Tensor) -> Tensor:
         with torch.no_grad(), _torch_threads(threads):
@@ -215,20 +257,32 @@ def _onnx(model: nn.Module, clip: Tensor, extra: str, *, any_batch: bool) -> Any
     """onnx's ModelProto."""
     for name in ("onnx", "onnxscript"):
         _package(name, extra)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's, about itself
+    traced = _program(model, clip, any_batch=any_batch)
+    with _quiet(), _exporting("torch.onnx"):
         program = torch.onnx.export(
-            _program(model, clip, any_batch=any_batch),
+            traced,
             dynamo=True,
             input_names=["clip"],
             output_names=["logits"],
+            dynamic_shapes=({0: "batch"},) if any_batch else None,
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:  # lines of source with the paths of this machine
-        node.ClearField("metadata_props")
-    return proto
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of itself."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _onnxruntime(model: nn.Module, clip: Tensor, threads: int, dtype: torch.dtype) -> Run:
@@ -275,6 +329,7 @@ def _compiled_model(source: Any, threads: int, dtype: torch.dtype) -> Run:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],  # its default is the fastest
+        "ENABLE_CPU_PINNING": False,  # pinned, several processes of one thread each would all lie on the first core
     }
     compiled = _package("openvino", "openvino").Core().compile_model(source, "CPU", hints)
 
@@ -289,7 +344,10 @@ def _save_xml(model: nn.Module, clip: Tensor, path: Path, metadata: Mapping[str,
     network = openvino.Core().read_model(_onnx(model, clip, "openvino", any_batch=True).SerializeToString())
     for name, text in metadata.items():
         network.set_rt_info(text, [RT_INFO, name])
-    openvino.serialize(network, str(path), str(path.with_suffix(".bin")))
+    try:
+        openvino.serialize(network, str(path), str(path.with_suffix(".bin")))
+    except RuntimeError as error:  # a failed write
+        raise OSError(str(error)) from error
 
 
 def _load_xml(path: Path, threads: int) -> Run:
@@ -299,24 +357,23 @@ def _load_xml(path: Path, threads: int) -> Run:
 
 # Files ------------------------------------------------------------------------------------------------------------
 
-_SAVE = {".onnx": _save_onnx, ".pt2": _save_pt2, ".xml": _save_xml}
 
-
-def _format(path: Path, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    if path.suffix not in known:
-        raise BackendError(f"{path}: cannot tell its format by {path.suffix!r}; choose from {', '.join(known)}")
-    return known[path.suffix]
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _put(files: list[Path], path: Path) -> list[Path]:
+    """Move files to their places beside `path`. A .bin comes before its .xml, and an old .xml goes before both."""
+    for file in files:
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    if len(files) > 1:
+        path.unlink(missing_ok=True)
+    return [file.replace(path.with_name(file.name)) for file in files]
 
 
 def _reading(path: Path, read: Callable[[], Any]) -> Any:
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file")
     try:
         return read()
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ExportError(f"{path}: not a whole file of its format ({error})") from error
+    except Exception as error:  # those of three packages have no other common base
+        raise ExportError(f"{path}: not a whole file of its format ({_brief(error)})") from error
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

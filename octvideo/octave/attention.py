@@ -81,7 +81,8 @@ class NonLocal(nn.Module):
     def _attend(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         """theta [N, L, inner], phi and g [N, S, inner] -> [N, L, inner]."""
         if self.form == "softmax":
-            return F.scaled_dot_product_attention(theta, phi, g)
+            # of one head: torch's fast kernels and its ONNX exporter take [N, heads, L, inner] alone
+            return F.scaled_dot_product_attention(theta[:, None], phi[:, None], g[:, None])[:, 0]
         # (theta phi^T / S) g, multiplied from the right: S x inner^2 + L x inner^2 instead of 2 L x S x inner
         return theta @ (phi.transpose(1, 2) @ g / phi.shape[1])
 
