@@ -341,12 +341,14 @@ def _compiled_model(source: Any, threads: int, dtype: torch.dtype) -> Run:
 
 def _save_xml(model: nn.Module, clip: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     openvino = _package("openvino", "openvino")
-    network = openvino.Core().read_model(_onnx(model, clip, "openvino", any_batch=True).SerializeToString())
+    core = openvino.Core()
+    network = core.read_model(_onnx(model, clip, "openvino", any_batch=True).SerializeToString())
     for name, text in metadata.items():
         network.set_rt_info(text, [RT_INFO, name])
     try:
         openvino.serialize(network, str(path), str(path.with_suffix(".bin")))
-    except RuntimeError as error:  # a failed write
+        core.read_model(path)  # where the disk is full, versions before 2026 write half a file and say nothing
+    except RuntimeError as error:
         raise OSError(str(error)) from error
 
 
