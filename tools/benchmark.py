@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         BenchmarkError,
         deploy.BackendError,
+        deploy.ExportError,
         CheckpointError,
         ConfigError,
         DistributedError,

@@ -111,21 +111,12 @@ class Row:
 
 
 def benchmark_model(options: argparse.Namespace) -> None:
-    modes = _modes(options)
-    if options.json and not options.json.parent.is_dir():
-        raise BenchmarkError(f"{options.json}: no folder {options.json.parent} to write to; make it or give another")
-    cfg = build.load_config(options.cfg, options.overrides)
-    if options.table2 and build.network_name(cfg) not in TABLE_2_NETWORKS:
-        names = " or ".join(TABLE_2_NETWORKS)
-        raise BenchmarkError(f"--table2 is of ResNet-50: give a config of {names}, not {build.network_name(cfg)}")
-    if options.table2 and options.against:
-        raise BenchmarkError("--table2 has the vanilla network as its first line; leave --against out")
-    device = device_of(cfg.DEVICE, World())
+    modes, cfg = _modes(options), build.load_config(options.cfg, options.overrides)
+    _check(options, build.network_name(cfg))
+    device, dtype = device_of(cfg.DEVICE, World()), options.dtype or cfg.TRAIN.DTYPE
     torch.set_num_threads(options.threads)
-    dtype = options.dtype or cfg.TRAIN.DTYPE
     ways = [Way(m, options.backend, options.fuse, dtype, options.batch, options.threads, device) for m in modes]
-    subjects = [_subjects(options, dtype, compiled=way.mode == "training" and way.backend == "compile") for way in ways]
-    unit = "images/s" if build.takes_images(cfg) else "clips/s"
+    subjects = [_subjects(options, way) for way in ways]
     print(
         f"{build.network_name(cfg)}: {' x '.join(map(str, build.clip_size(cfg, cfg.DATA.TRAIN_CROP)[1:]))}, batch "
         f"{options.batch}, {options.rounds} rounds in turn, {device.type}, {options.threads} thread(s), "
@@ -135,21 +126,40 @@ def benchmark_model(options: argparse.Namespace) -> None:
     for way, networks in zip(ways, subjects, strict=True):
         rows = _measure(networks, way, options.rounds)
         tables.append({**asdict(way), "device": device.type, "rows": [row.as_dict() for row in rows]})
-        print(f"\n{way}\n{_speeds(rows, way, unit)}")
+        print(f"\n{way}\n{_speeds(rows, way, 'images/s' if build.takes_images(cfg) else 'clips/s')}")
         if way.mode == "training":
             print(f"\n{_saved(rows)}")
-        if options.table2 and way.mode == "inference":
+        elif options.table2:
             print(f"\n{_beside_the_paper(rows)}")
-    print(f"\n{SPEEDS}")
-    if "training" in modes:
-        print(SAVED)
-    if options.naive:
-        print(NAIVE)
-    if any(row.peak_memory is None for row in rows):
-        print("MiB is -: a CPU process's peak is read from Linux's /proc, which is not here.")
+    print(f"\n{_legend(options, modes, rows)}")
     if options.json:
         content = {"config": str(options.cfg), "overrides": options.overrides, "torch": torch.__version__}
         write_atomic(options.json, (json.dumps({**content, "tables": tables}, indent=1) + "\n").encode())
+
+
+def _check(options: argparse.Namespace, network: str) -> None:
+    if options.json and not options.json.parent.is_dir():
+        raise BenchmarkError(f"{options.json}: no folder {options.json.parent} to write to; make it or give another")
+    if options.table2 and network not in TABLE_2_NETWORKS:
+        raise BenchmarkError(
+            f"--table2 is of ResNet-50: give a config of {' or '.join(TABLE_2_NETWORKS)}, not {network}"
+        )
+    if options.table2 and (options.against or any(alpha not in TABLE_2 for alpha in options.alphas or [])):
+        allowed = ", ".join(f"{alpha:g}" for alpha in TABLE_2)
+        raise BenchmarkError(f"--table2 is against the vanilla network, with alphas of {allowed}; leave --against out")
+
+
+def _legend(options: argparse.Namespace, modes: Sequence[str], rows: Sequence[Row]) -> str:
+    lines = [SPEEDS]
+    if "training" in modes:
+        lines.append(SAVED)
+    if options.naive:
+        lines.append(NAIVE)
+    if options.against == PYTORCHVIDEO and options.fuse:
+        lines.append(f"{PYTORCHVIDEO}: as that package builds it; never fused.")
+    if any(row.peak_memory is None for row in rows):
+        lines.append("MiB is -: a CPU process's peak is read from Linux's /proc, which is not here.")
+    return "\n".join(lines)
 
 
 SPEEDS = """ms: of a batch, median of the rounds. MiB: what a step takes above what was there before it, at its peak.
@@ -169,9 +179,10 @@ def _modes(options: argparse.Namespace) -> tuple[str, ...]:
     return MODES if options.mode == "both" else (options.mode,)
 
 
-def _subjects(options: argparse.Namespace, dtype: str, compiled: bool) -> list[Subject]:
+def _subjects(options: argparse.Namespace, way: Way) -> list[Subject]:
     """The network to measure against, then the config's own or one for each alpha, each with its naive twin."""
-    fixed = ["TRAIN.DTYPE", dtype, "MODEL.COMPILE", str(compiled)]
+    compiled = way.mode == "training" and way.backend == "compile"  # for inference deploy.runner does it
+    fixed = ["TRAIN.DTYPE", way.dtype, "MODEL.COMPILE", str(compiled)]
 
     def load(path: str, alpha: float | None = None) -> CfgNode:
         own = [] if alpha is None else ["OCTAVE.ALPHA", f"{alpha:g}", "OCTAVE.RATIOS", "[]"]

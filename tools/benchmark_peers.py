@@ -112,12 +112,20 @@ def network(cfg: CfgNode) -> nn.Module:
     spec, size = build.network_spec(cfg), build.clip_size(cfg, cfg.DATA.TRAIN_CROP)[1:]
     weights = build.network(cfg).state_dict()
     if isinstance(spec, SlowFastSpec):
-        pathways = _slowfast(spec, size)
+        pathways = _plain(_slowfast(spec, size))
         pathways.load_state_dict(from_octvideo(weights, "pytorchvideo"), strict=True)
         return _OneClip(pathways, spec.frame_ratio)
     assert isinstance(spec, ResNetSpec)
-    theirs, pooled = _resnet(spec, size), spec.stages[0].pool_after is not None
+    theirs, pooled = _plain(_resnet(spec, size)), spec.stages[0].pool_after is not None
     theirs.load_state_dict(from_octvideo(weights, "pytorchvideo", pool_block=pooled), strict=True)
+    return theirs
+
+
+def _plain(theirs: nn.Module) -> nn.Module:
+    """Strides of projections are NumPy's integers there, over which torch.compile stumbles at every block."""
+    for module in theirs.modules():
+        if isinstance(module, nn.Conv3d):
+            module.stride = tuple(int(step) for step in module.stride)
     return theirs
 
 

@@ -7,6 +7,7 @@ import pytest
 from tools import benchmark
 
 CFG = str(Path(__file__).parents[2] / "configs/motion/oct_i3d_tiny.yaml")
+RESNET = str(Path(__file__).parents[2] / "configs/imagenet/oct_resnet50_v1b_a0.5.yaml")
 
 
 def main(*arguments: str) -> tuple[int, str, str]:
@@ -27,6 +28,8 @@ def main(*arguments: str) -> tuple[int, str, str]:
         (("model", "--cfg", CFG, "--naive", "--alphas", "0"), "--naive is another form of an octave network"),
         (("model", "--cfg", CFG, "--json", "none/x.json"), "none/x.json: no folder none to write to"),
         (("model", "--cfg", CFG, "--table2"), "--table2 is of ResNet-50: give a config of resnet50 or resnet50_v1b"),
+        (("model", "--cfg", RESNET, "--table2", "--alphas", ".3"), "with alphas of 0, 0.125, 0.25, 0.5, 0.75"),
+        (("model", "--cfg", RESNET, "--table2", "--against", RESNET), "leave --against out"),
         (("model", "--cfg", CFG, "--against", "none.yaml"), "none.yaml"),
         (("model", "--cfg", CFG, "--against", "pytorchvideo"), "pytorchvideo has no i3d_tiny to measure against"),
         (("data", "--cfg", CFG, "DATA.TRAIN_LIST", "none.txt"), "none.txt"),
