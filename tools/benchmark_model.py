@@ -203,7 +203,7 @@ def _subjects(options: argparse.Namespace, way: Way) -> list[Subject]:
         subjects.append(Subject(name, cfg))
         if options.naive and _is_octave(cfg):
             subjects.append(Subject(f"{name}, naive", cfg, "naive"))
-    if options.naive and subjects[-1].kind != "naive":
+    if options.naive and all(subject.kind != "naive" for subject in subjects):
         raise BenchmarkError("--naive is another form of an octave network; give --alphas or OCTAVE.ALPHA above 0")
     return subjects
 
