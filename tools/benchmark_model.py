@@ -376,6 +376,8 @@ TABLE_2_ALPHAS = tuple(alpha for alpha in TABLE_2 if alpha)
 def _beside_the_paper(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
+        if row.kind == "naive":
+            continue
         paper = TABLE_2[row.alpha]
         ratios = [f"{paper / TABLE_2[0.0]:.2f}", f"{row.time_ratio:.2f}"]
         cells.append([row.name, f"{paper}", f"{row.ms:.1f}", *ratios])
