@@ -32,8 +32,8 @@ from octvideo.octave.feature import (
     channel_order,
     require_feature,
     split_channels,
-    upsample,
 )
+from octvideo.octave.paths import Path, follow_paths, paths_of
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -46,6 +46,7 @@ class _OctConv(_ConvNd):
     pool: tuple[int, ...]
     pool_stride: bool
     in_order: Tensor | None
+    _paths: list[Path]
 
     def _split(
         self, alpha_in: float, alpha_out: float, in_parts: Parts | None, pool: Sequence[int], pool_stride: bool
@@ -67,6 +68,7 @@ class _OctConv(_ConvNd):
         self.pool_stride, one = pool_stride, (1,) * len(self.stride)
         self._pooled, self._step = (self.stride, one) if pool_stride else (one, self.stride)
         self._pads = self._resolve_padding()
+        self._paths = paths_of(self)
         self._check()
 
     def _resolve_padding(self) -> tuple[int, ...]:
@@ -124,9 +126,7 @@ class _OctConv(_ConvNd):
         high, low = x if isinstance(x, Octave) else (x, None)
         size = self._output_size(high)
         weight = self.weight if self.in_order is None else self.weight[:, self.in_order]
-        y_high, y_low = self._from_high(high, weight)
-        if low is not None:
-            y_high, y_low = self._add_low(y_high, y_low, low, weight, size)
+        y_high, y_low = follow_paths(self, high, low, weight, self.bias, size)
         if not self.out_low:
             assert y_high is not None
             return y_high
@@ -144,55 +144,6 @@ class _OctConv(_ConvNd):
             return tuple(-(-size // s) + 2 * p - d * (k - 1) for size, s, p, k, d in geometry)
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, s, p, k, d in geometry)
 
-    def _from_high(self, high: Tensor, kernel: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """H->H and H->L; both read the strided map, and the bias of each output rides here."""
-        if not self.in_high:
-            return None, None
-        columns = self.in_high // self.groups if not self.depthwise else 1
-        high = average_pool(high, self._pooled)
-        y_high = y_low = None
-        if self.out_high:
-            weight = kernel[: self.out_high, :columns]
-            y_high = self._convolve(high, weight, self._bias(0, self.out_high))
-        if self.out_low and not self.depthwise:
-            weight = kernel[self.out_high :, :columns]
-            bias = self._bias(self.out_high, self.out_channels)
-            y_low = self._convolve(average_pool(high, self.pool), weight, bias)
-        return y_high, y_low
-
-    def _add_low(
-        self, y_high: Tensor | None, y_low: Tensor | None, low: Tensor, kernel: Tensor, size: tuple[int, ...]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """L->H and L->L on top of what the high map gave."""
-        if self.depthwise:
-            bias = self._bias(self.out_high, self.out_channels)
-            return y_high, self._convolve(average_pool(low, self._pooled), kernel[self.out_high :], bias)
-        weight = kernel[:, self.in_high // self.groups :]
-        bias = None if self.in_high else self.bias
-        # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
-        to_high = tuple(max(s // p, 1) for s, p in zip(self._pooled, self.pool, strict=True))
-        if to_high == self._pooled and self.groups == 1:
-            both = self._convolve(average_pool(low, self._pooled), weight, bias)
-            # slices, not split's views, which refuse an operation in place behind this layer
-            from_low: tuple[Tensor, ...] = (both[:, : self.out_high], both[:, self.out_high :])
-        else:
-            biases = (None, None) if bias is None else bias.split((self.out_high, self.out_low))
-            weights = weight.split((self.out_high, self.out_low))
-            pools = (to_high, self._pooled)
-            from_low = tuple(
-                self._convolve(average_pool(low, pool), w, b) if w.shape[0] else low.new_empty(0)
-                for pool, w, b in zip(pools, weights, biases, strict=True)
-            )
-        if self.out_high:
-            upsampled = upsample(from_low[0], size)
-            y_high = upsampled if y_high is None else y_high + upsampled
-        if self.out_low:
-            y_low = from_low[1] if y_low is None else y_low + from_low[1]
-        return y_high, y_low
-
-    def _bias(self, start: int, stop: int) -> Tensor | None:
-        return None if self.bias is None else self.bias[start:stop]
-
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = F.conv3d if len(self.kernel_size) == 3 else F.conv2d
         # In a depthwise layer every path has one group per channel of its own.
@@ -203,6 +154,21 @@ class _OctConv(_ConvNd):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self._pads)
         return convolve(x, weight, bias, self._step, padding, self.dilation, groups)
+
+    @property
+    def _even_zeros(self) -> bool:
+        """Are maps padded by `_pads` zeros on either side, as `_convolution_gradients` takes it?"""
+        reach = (d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        even = self.padding != "same" or all(2 * p == r for p, r in zip(self._pads, reach, strict=True))
+        return even and self.padding_mode == "zeros"
+
+    def _convolution_gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those that are wanted of `_convolve`'s x, weight and bias. grad: of its output."""
+        groups, zeros = x.shape[1] if self.depthwise else self.groups, (0,) * len(self._pads)
+        geometry = (self._step, self._pads, self.dilation, False, zeros, groups)
+        return torch.ops.aten.convolution_backward(grad, x, weight, [weight.shape[0]], *geometry, wanted)
 
     def extra_repr(self) -> str:
         stride = "" if self.pool_stride else ", pool_stride=False"

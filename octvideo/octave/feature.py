@@ -6,6 +6,7 @@ Axes: N batch, C channels, T frames, H W space (no T in 2D).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -80,6 +81,8 @@ def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
         return x.new_empty(*x.shape[:2], *low_size(x.shape[2:], kernel))
     if max(kernel) <= 2 and kernels.usable(x):
         return kernels.average_pool(x, kernel)
+    if _slices_are_faster(x, kernel):
+        return _average_slices(x, kernel)
     if x.dim() == 4:
         return _average_pool2d(x, tuple(kernel))
     time, height, width = kernel
@@ -107,6 +110,33 @@ def _average_pool2d(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
 
 
+def _slices_are_faster(x: Tensor, kernel: Sequence[int]) -> bool:
+    """Of a contiguous map on a CPU avg_pool2d takes 7 times as long; with a gradient to follow slices would cost more."""
+    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.stride(1) != 1
+    whole = all(k == 1 or (k == 2 and size % 2 == 0) for size, k in zip(x.shape[2:], kernel, strict=True))
+    return plain and whole and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _average_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Space, then time, and each sum in the order of avg_pool2d: the same numbers bit for bit."""
+    doubled = [axis for axis, k in enumerate(kernel, start=2) if k == 2]
+    space = x.dim() - 2
+    for axes in ([a for a in doubled if a >= space], [a for a in doubled if a < space]):
+        corners = [x]
+        for axis in axes:
+            corners = [_every_second(corner, axis, place) for corner in corners for place in (0, 1)]
+        if axes:
+            x = corners[0] + corners[1]
+            for corner in corners[2:]:
+                x += corner
+            x *= 1 / len(corners)
+    return x
+
+
+def _every_second(x: Tensor, axis: int, first: int) -> Tensor:
+    return x[(slice(None),) * axis + (slice(first, None, 2),)]
+
+
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest upsampling of a low map to the high map's size: y[i] = x[i // 2], odd sizes cropped.
 
@@ -117,11 +147,45 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="nearest")
 
 
-def add_upsampled_(y: Tensor, low: Tensor) -> Tensor:
-    """y += upsample(low) in place; gives y. y: [N, C, (T,) H, W], low: [N, C, (T_low,) H_low, W_low]."""
-    if kernels.usable(y, low):
-        return kernels.add_upsampled_(y, low)
-    return y.add_(upsample(low, y.shape[2:]))
+def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
+    """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place, and no upsampled map is made."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y + upsample(low, y.shape[2:])
+    doubled = [size != small for size, small in zip(y.shape[2:], low.shape[2:], strict=True)]
+    # one corner of all windows after the other; at an odd border there are fewer of the later ones
+    for corner in itertools.product(*((0, 1) if double else (None,) for double in doubled)):
+        part = y
+        for axis, place in enumerate(corner, start=2):
+            part = part if place is None else _every_second(part, axis, place)
+        size = part.shape[2:]
+        part += low[tuple(map(slice, (None, None, *size)))]
+    return y
+
+
+def pooling_gradient(grad: Tensor, size: Sequence[int], kernel: Sequence[int], added_to: Tensor | None) -> Tensor:
+    """Gradient of `average_pool` of a map of this size, on top of what the map has already, which it may take the place of.
+
+    grad: of the pooled map.
+    """
+    if all(k == 1 for k in kernel):
+        return grad if added_to is None else added_to.add_(grad)
+    shares = _times_values(grad, size, kernel, -1)
+    return upsample(shares, size) if added_to is None else add_upsampled(added_to, shares)
+
+
+def upsampling_gradient(grad: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Gradient of `upsample` by kernel: of each window the sum, its mean times its values. grad: of the upsampled map."""
+    pooled = average_pool(grad, kernel)
+    return pooled if pooled is grad else _times_values(pooled, grad.shape[2:], kernel, 1)
+
+
+def _times_values(x: Tensor, size: Sequence[int], kernel: Sequence[int], power: int) -> Tensor:
+    """x * (values in each window of a map of this size) ** power; the last window of an odd size has fewer."""
+    x = x * math.prod(kernel) ** power
+    for axis, (s, k) in enumerate(zip(size, kernel, strict=True), start=2):
+        if s % k:
+            x.narrow(axis, -1, 1).mul_(float(k) ** -power)
+    return x
 
 
 def lift(fn: Callable[..., Tensor], *features: Feature) -> Feature:

@@ -1013,7 +1013,7 @@ def test_pooling_is_shared_by_the_paths(monkeypatch: pytest.MonkeyPatch) -> None
             calls.append((tuple(x.shape), tuple(kernel)))
         return average_pool(x, kernel)
 
-    monkeypatch.setattr("octvideo.octave.conv.average_pool", counted)
+    monkeypatch.setattr("octvideo.octave.paths.average_pool", counted)
     x = make_input(8, 0.5, (4, 8, 8), (1, 2, 2), torch.float32)
     high, low = (2, 4, 4, 8, 8), (2, 4, 4, 4, 4)
     OctConv3d(8, 8, 3, padding=1, alpha_in=0.5, alpha_out=0.5)(x)

@@ -1,0 +1,175 @@
+"""The paths of an octave convolution: forward, and in training backward too, as one step of autograd.
+
+Autograd by itself keeps a pooled copy of the high map in each layer, and fills a tensor of the whole's size with zeros for
+each block of the weight and each part of a map that a path takes. `_Paths` keeps what the layer was given and no more: it
+pools again in the backward pass, and gradients go straight to their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from octvideo.octave.feature import add_upsampled, average_pool, pooling_gradient, upsample, upsampling_gradient
+
+if TYPE_CHECKING:
+    from octvideo.octave.conv import _OctConv
+
+Kernel = tuple[int, ...]
+Place = tuple[str, tuple[Kernel, ...]]
+"""A map: "high" or "low", and the kernels by which it was pooled, one after the other."""
+
+
+class Path(NamedTuple):
+    """A convolution of the map at `place` with a block of the weight, rows x columns (start, stop).
+
+    high: how many of its outputs, the first ones, are high. grow: factor that brings these to high's size.
+    biased: each output gets its bias by one path.
+    """
+
+    place: Place
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    high: int
+    grow: Kernel
+    biased: bool
+
+    def block(self, weight: Tensor) -> Tensor:
+        return weight[slice(*self.rows), slice(*self.columns)]
+
+
+def paths_of(layer: _OctConv) -> list[Path]:
+    """H->H, H->L, then L->H and L->L; these as one convolution where both read low at the same resolution."""
+    stride, pool, one = layer._pooled, layer.pool, (1,) * len(layer.pool)
+    highs, lows, both = (0, layer.out_high), (layer.out_high, layer.out_channels), (0, layer.out_channels)
+    own = layer.in_channels // layer.groups
+    high_columns = (0, own if layer.depthwise else layer.in_high // layer.groups)
+    low_columns = (0 if layer.depthwise else high_columns[1], own)
+    # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
+    to_high = tuple(max(s // p, 1) for s, p in zip(stride, pool, strict=True))
+    grow = tuple(p * t // s for p, t, s in zip(pool, to_high, stride, strict=True))
+    biased = not layer.in_high or layer.depthwise  # the bias rides with what reads the high map
+    paths = []
+    if layer.in_high:
+        paths.append(Path(("high", (stride,)), highs, high_columns, layer.out_high, one, True))
+        if not layer.depthwise:
+            paths.append(Path(("high", (stride, pool)), lows, high_columns, 0, one, True))
+    if layer.in_low:
+        if to_high == stride and layer.groups == 1:
+            paths.append(Path(("low", (stride,)), both, low_columns, layer.out_high, grow, biased))
+        else:
+            if not layer.depthwise:
+                paths.append(Path(("low", (to_high,)), highs, low_columns, layer.out_high, grow, biased))
+            paths.append(Path(("low", (stride,)), lows, low_columns, 0, one, biased))
+    return [path for path in paths if path.rows[0] < path.rows[1]]
+
+
+def follow_paths(
+    layer: _OctConv, high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(y_high, y_low) of `layer`, None where it gives no such map. weight: columns high before low. size: of y_high."""
+    followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (high, low, weight, bias))
+    # A compiler chooses by itself what to keep, and fuses plain operators better.
+    if not followed or torch.compiler.is_compiling() or not layer._even_zeros:
+        return _forward(layer, high, low, weight, bias, size)
+    if torch.is_autocast_enabled(high.device.type):
+        high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)
+    return _Paths.apply(layer, size, high, low, weight, bias)
+
+
+def _cast(x: Any) -> Any:
+    """What autocast does to the input of a convolution; here the weight is cast once for all paths."""
+    return x if x is None or x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _forward(
+    layer: _OctConv, high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
+    y_high = y_low = None
+    for path in layer._paths:
+        own_bias = bias[slice(*path.rows)] if bias is not None and path.biased else None
+        y = layer._convolve(_pooled(maps, path.place), path.block(weight), own_bias)
+        # slices, not split's views, which refuse an operation in place behind this layer
+        if path.high:
+            part = y[:, : path.high] if path.high < y.shape[1] else y
+            y_high = upsample(part, size) if y_high is None else add_upsampled(y_high, part)
+        if path.high < y.shape[1]:
+            part = y[:, path.high :] if path.high else y
+            y_low = part if y_low is None else y_low + part
+    return y_high, y_low
+
+
+def _pooled(maps: dict[Place, Any], place: Place) -> Tensor:
+    """The map at `place`, computed once."""
+    name, kernels = place
+    if place not in maps:
+        maps[place] = average_pool(_pooled(maps, (name, kernels[:-1])), kernels[-1])
+    return maps[place]
+
+
+class _Paths(torch.autograd.Function):
+    """`_forward`. Its backward pass is made of operators that have gradients, so that second ones exist as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: _OctConv,
+        size: Sequence[int],
+        high: Tensor,
+        low: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.layer = layer
+        ctx.save_for_backward(high, low, weight)
+        outputs = _forward(layer, high, low, weight, bias, size)
+        # nor may an operation in place follow where a step of autograd gives views
+        return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layer: _OctConv = ctx.layer
+        high, low, weight = ctx.saved_tensors
+        _, _, *maps_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
+        wanted = dict(zip(("high", "low"), maps_wanted, strict=True))
+        maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
+        grad_maps: dict[Place, Tensor] = {}
+        grad_weight = torch.empty_like(weight) if weight_wanted else None
+        grad_bias = weight.new_empty(layer.out_channels) if bias_wanted else None
+        for path in layer._paths:
+            needs = [wanted[path.place[0]], weight_wanted, bias_wanted and path.biased]
+            if not any(needs):
+                continue
+            x = _pooled(maps, path.place)
+            grad = _gradient_of_output(path, *grads)
+            grad_x, grad_block, own_bias = layer._convolution_gradients(grad, x, path.block(weight), needs)
+            if grad_block is not None and grad_weight is not None:
+                path.block(grad_weight).copy_(grad_block)
+            if own_bias is not None and grad_bias is not None:
+                grad_bias[slice(*path.rows)] = own_bias
+            if grad_x is not None:
+                before = grad_maps.get(path.place)
+                grad_maps[path.place] = grad_x if before is None else before.add_(grad_x)
+        return None, None, *_gradients_of_inputs(maps, grad_maps), grad_weight, grad_bias
+
+
+def _gradient_of_output(path: Path, grad_high: Any, grad_low: Any) -> Tensor:
+    outputs = path.rows[1] - path.rows[0]
+    if not path.high:
+        return grad_low
+    grad_high = upsampling_gradient(grad_high, path.grow)
+    return grad_high if path.high == outputs else torch.cat([grad_high, grad_low], dim=1)
+
+
+def _gradients_of_inputs(maps: dict[Place, Any], grads: dict[Place, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """From those of the maps that the paths read, the most pooled first."""
+    for depth in (2, 1):
+        for name, kernels in [place for place in grads if len(place[1]) == depth]:
+            before = (name, kernels[:-1])
+            own, size = grads.pop((name, kernels)), maps[before].shape[2:]
+            grads[before] = pooling_gradient(own, size, kernels[-1], grads.get(before))
+    return grads.get(("high", ())), grads.get(("low", ()))
