@@ -67,7 +67,7 @@ class _OctBatchNorm(_BatchNorm):
             assert isinstance(x, Tensor)
             return self._normalize_maps((x,), (slice(0, self.high),))[0]
         if not isinstance(x, Octave) and not self.low:
-            if self._shares():
+            if self._shares() or (self.momentum is None and torch.compiler.is_compiling()):
                 self._check_input_dim(x)
                 return self._normalize_maps((x,), (slice(None),))[0]
             return super().forward(x)
@@ -99,36 +99,47 @@ class _OctBatchNorm(_BatchNorm):
             return self._normalize_together(maps, parts, momentum)
         return tuple(self._normalize(x, part, momentum) for x, part in zip(maps, parts, strict=True))
 
-    def _step_momentum(self) -> float:
-        """The momentum of this call; momentum None means a cumulative average, as in the parent."""
+    def _step_momentum(self) -> float | Tensor:
+        """The momentum of this call; momentum None means a cumulative average, as in the parent.
+
+        That is a tensor: to read the number of batches would wait for the device, and break a compiler's graph.
+        """
         if not (self.training and self.track_running_stats):
             return self.momentum or 0.0
-        assert self.num_batches_tracked is not None
+        assert self.num_batches_tracked is not None and self.running_mean is not None
         self.num_batches_tracked.add_(1)
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if self.momentum is not None:
+            return self.momentum
+        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
-    def _normalize(self, x: Tensor, part: slice | Tensor, momentum: float) -> Tensor:
+    def _normalize(self, x: Tensor, part: slice | Tensor, momentum: float | Tensor) -> Tensor:
         # As the parent: running statistics are updated if tracked, and used in evaluation wherever there are any.
         mean, var = self.running_mean, self.running_var
         known = mean is not None and var is not None
         given = known and (not self.training or self.track_running_stats)
         own_mean, own_var = (mean[part], var[part]) if given else (None, None)  # type: ignore[index]
+        seen_mean, seen_var, factor = own_mean, own_var, momentum
+        if isinstance(momentum, Tensor):  # which batch_norm does not take: it gives the batch's statistics as they are
+            seen_mean, seen_var, factor = own_mean.clone(), own_var.clone(), 1.0  # type: ignore[union-attr]
         y = F.batch_norm(
             x,
-            own_mean,
-            own_var,
+            seen_mean,
+            seen_var,
             self.weight[part] if self.affine else None,
             self.bias[part] if self.affine else None,
             self.training or not known,
-            momentum,
+            factor,  # type: ignore[arg-type]
             self.eps,
         )
+        if isinstance(momentum, Tensor):
+            own_mean.lerp_(seen_mean, momentum)  # type: ignore[union-attr, arg-type]
+            own_var.lerp_(seen_var, momentum)  # type: ignore[union-attr, arg-type]
         if isinstance(part, Tensor) and self.training and given:
             mean[part], var[part] = own_mean, own_var  # type: ignore[index, assignment]  # an index copies, a slice does not
         return y
 
     def _normalize_together(
-        self, maps: tuple[Tensor, ...], parts: tuple[slice | Tensor, ...], momentum: float
+        self, maps: tuple[Tensor, ...], parts: tuple[slice | Tensor, ...], momentum: float | Tensor
     ) -> tuple[Tensor, ...]:
         mean, var, count = shared_statistics(maps)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:

@@ -7,11 +7,12 @@ pools again in the backward pass, and gradients go straight to their places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from octvideo.octave.feature import add_upsampled, average_pool, pooling_gradient, upsample, upsampling_gradient
 
@@ -72,7 +73,7 @@ def follow_paths(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(y_high, y_low) of `layer`, None where it gives no such map. weight: columns high before low. size: of y_high."""
     followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (high, low, weight, bias))
-    # A compiler chooses by itself what to keep, and fuses plain operators better.
+    # A compiler takes the gradients of plain operators apart by itself, and fuses them.
     if not followed or torch.compiler.is_compiling() or not layer._even_zeros:
         return _forward(layer, high, low, weight, bias, size)
     if torch.is_autocast_enabled(high.device.type):
@@ -85,14 +86,23 @@ def _cast(x: Any) -> Any:
     return x if x is None or x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def _pooled_again(x: Tensor, kernel: Kernel) -> Tensor:
+    """`average_pool` for a compiler, which would keep the pooled map."""
+    if all(k == 1 for k in kernel):
+        return x
+    return checkpoint(average_pool, x, kernel, use_reentrant=False, preserve_rng_state=False)
+
+
 def _forward(
     layer: _OctConv, high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
     y_high = y_low = None
+    trained = layer.training and torch.is_grad_enabled() and torch.compiler.is_compiling()
+    pool = _pooled_again if trained else average_pool
     for path in layer._paths:
         own_bias = bias[slice(*path.rows)] if bias is not None and path.biased else None
-        y = layer._convolve(_pooled(maps, path.place), path.block(weight), own_bias)
+        y = layer._convolve(_pooled(maps, path.place, pool), path.block(weight), own_bias)
         # slices, not split's views, which refuse an operation in place behind this layer
         if path.high:
             part = y[:, : path.high] if path.high < y.shape[1] else y
@@ -103,11 +113,11 @@ def _forward(
     return y_high, y_low
 
 
-def _pooled(maps: dict[Place, Any], place: Place) -> Tensor:
+def _pooled(maps: dict[Place, Any], place: Place, pool: Callable[..., Tensor]) -> Tensor:
     """The map at `place`, computed once."""
     name, kernels = place
     if place not in maps:
-        maps[place] = average_pool(_pooled(maps, (name, kernels[:-1])), kernels[-1])
+        maps[place] = pool(_pooled(maps, (name, kernels[:-1]), pool), kernels[-1])
     return maps[place]
 
 
@@ -144,7 +154,7 @@ class _Paths(torch.autograd.Function):
             needs = [wanted[path.place[0]], weight_wanted, bias_wanted and path.biased]
             if not any(needs):
                 continue
-            x = _pooled(maps, path.place)
+            x = _pooled(maps, path.place, average_pool)
             grad = _gradient_of_output(path, *grads)
             grad_x, grad_block, own_bias = layer._convolution_gradients(grad, x, path.block(weight), needs)
             if grad_block is not None and grad_weight is not None:

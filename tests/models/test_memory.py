@@ -67,3 +67,22 @@ def test_two_blocks_keep_what_the_law_says(
     for alpha in alphas:
         law = (1 - alpha) + alpha / math.prod(pool)
         assert bytes_of(alpha) / vanilla == pytest.approx(law, rel=0.05), alpha
+
+
+@pytest.mark.parametrize(("alpha", "pool"), [(0.25, (1, 2, 2)), (0.5, (2, 2, 2))])
+def test_so_do_compiled_blocks(alpha: float, pool: tuple[int, ...]) -> None:
+    """With the partitioner that chooses for torch.compile what is kept; by itself it keeps the pooled maps."""
+    spec, size = NETWORKS["i3d_tiny"](10), (4, 16, 16)
+
+    def bytes_of(alpha: float) -> int:
+        torch._dynamo.reset()
+        octave = with_octave(spec, alpha, pool=pool)
+        part = replace(octave.stages[1], width=16, channels=32, temporal_kernels=(3,))
+        module = stage(octave, part, split(16, alpha))
+        (high, low) = split(16, alpha)[0]
+        maps = [torch.randn(2, high, *size), torch.randn(2, low, *low_size(size, pool))]
+        module.compile(fullgraph=True, backend="aot_eager_decomp_partition")
+        return kept(module, Octave(*maps) if low else maps[0])
+
+    law = (1 - alpha) + alpha / math.prod(pool)
+    assert bytes_of(alpha) / bytes_of(0.0) == pytest.approx(law, rel=0.05)

@@ -418,3 +418,16 @@ def test_squeeze_excite_against_numpy(low: int, dims: int) -> None:
     high_got, low_got = got if low else (got, low_map)
     np.testing.assert_allclose(high_got.detach().numpy(), high_map.numpy() * gate[:, : 8 - low], rtol=1e-5)
     np.testing.assert_allclose(low_got.detach().numpy(), low_map.numpy() * gate[:, 8 - low :], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_a_cumulative_average_compiles_without_reading_the_count(alpha: float) -> None:
+    torch._dynamo.reset()
+    norm = OctBatchNorm3d(8, momentum=None, alpha=alpha)
+    eager, compiled = copy.deepcopy(norm), torch.compile(norm, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            x = torch.randn(2, 8, 3, 4, 4)
+            feature = Octave(x[:, :6], x[:, 6:, :, ::2, ::2]) if alpha else x
+            torch.testing.assert_close(compiled(feature), eager(feature))
+    torch.testing.assert_close(norm.state_dict(), eager.state_dict())
