@@ -181,7 +181,8 @@ def network_spec(cfg: CfgNode) -> Spec:
         spec = replace(spec, slow_frames=cfg.DATA.POLICY)
     elif isinstance(spec, ResNetSpec):
         spec = replace(spec, nonlocal_form=cfg.MODEL.NONLOCAL_FORM)
-    return with_octave(spec, cfg.OCTAVE.ALPHA, pool=octave_pool(cfg), ratios=cfg.OCTAVE.RATIOS)
+    octave = cfg.OCTAVE
+    return with_octave(spec, octave.ALPHA, pool=octave_pool(cfg), ratios=octave.RATIOS, round_to=octave.ROUND_TO)
 
 
 def network(cfg: CfgNode) -> nn.Module:
@@ -196,7 +197,7 @@ def _factory_network(cfg: CfgNode) -> nn.Module:
     if not cfg.OCTAVE.ALPHA and not any(cfg.OCTAVE.RATIOS):
         return model
     clip = torch.zeros(1, *clip_size(cfg, cfg.DATA.TRAIN_CROP))
-    return octavize(model, alpha, clip, pool=octave_pool(cfg), share=True)
+    return octavize(model, alpha, clip, pool=octave_pool(cfg), share=True, round_to=cfg.OCTAVE.ROUND_TO)
 
 
 def octave_pool(cfg: CfgNode) -> tuple[int, ...]:
@@ -850,6 +851,7 @@ def _announce(run: _Run, videos: int, steps: int) -> None:
     batch, lr = cfg.TRAIN.BATCH_SIZE, learning_rate(cfg, steps)
     clip = cost(cfg, cfg.DATA.TRAIN_CROP)
     octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {octave_pool(cfg)}" if cfg.OCTAVE.ALPHA else "vanilla"
+    octave += f", low channels in {cfg.OCTAVE.ROUND_TO}s" if cfg.OCTAVE.ALPHA and cfg.OCTAVE.ROUND_TO > 1 else ""
     kind, unit = ("images", "images") if takes_images(cfg) else ("videos", "clips")
     log.say(
         f"{network_name(cfg)} ({octave}): {clip.params / 1e6:.3f} M parameters, "

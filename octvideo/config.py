@@ -52,6 +52,9 @@ def defaults() -> CfgNode:
     cfg.OCTAVE.ALPHA = 0.0  # share of low-frequency channels, 0 to 1; 0 is the vanilla network
     cfg.OCTAVE.POOL = [1, 2, 2]  # factor between the frequencies in T, H, W: [1, 2, 2] or [2, 2, 2]; images have no T
     cfg.OCTAVE.RATIOS = []  # alpha of each stage; [] is [ALPHA, ..., ALPHA, 0], the paper's
+    cfg.OCTAVE.ROUND_TO = (
+        1  # low channels of a layer: nearest multiple of this, >= 1; 8 for tensor cores, 1 the paper's
+    )
 
     # Image networks read images; what counts frames, and the short side and decoder of videos, is not theirs.
     cfg.DATA = CfgNode()
@@ -225,6 +228,7 @@ def check(
     at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PRECISE_NORM_BATCHES", "TRAIN.PROFILE_STEPS")
     at_least(0, "SOLVER.CLIP_NORM", "DATA.RANDAUGMENT_OPS")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
+    at_least(1, "OCTAVE.ROUND_TO")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")
     require(0 <= cfg.MODEL.DROPOUT < 1, "MODEL.DROPOUT", "0 to below 1")

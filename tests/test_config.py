@@ -86,6 +86,8 @@ OCTAVE: {ALPHA: 1.5, POOL: [2, 1, 1]}
         ("DEVICE", "gpu", "allowed: auto, cpu, cuda"),
         ("OCTAVE.RATIOS", "[2]", "allowed: [] or one number from 0 to 1 per stage"),
         ("OCTAVE.RATIOS", "[0.5]", "1 octave ratios [0.5] for 4 stages"),
+        ("OCTAVE.ROUND_TO", "0", "allowed: 1 or more"),
+        ("OCTAVE.ROUND_TO", "8.5", "allowed: an integer"),
         ("SOLVER.BASE_LR", ".inf", "allowed: 0 or more"),
         ("SOLVER.BASE_LR", ".nan", "allowed: 0 or more"),
         ("DATA.STD", "[1, 0, 1]", "allowed: numbers above 0"),

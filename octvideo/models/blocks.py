@@ -29,13 +29,14 @@ from octvideo.octave import (
     channel_order,
     global_average_pool,
     lift,
+    rounded_alpha,
     split_channels,
 )
 
 
-def split(channels: int, alpha: float) -> Parts:
+def split(spec: NetSpec, channels: int, alpha: float) -> Parts:
     """A feature that is no concatenation."""
-    return (split_channels(channels, alpha),)
+    return (split_channels(channels, rounded_alpha(channels, alpha, spec.round_to)),)
 
 
 def channels_of(parts: Parts) -> int:
@@ -60,7 +61,7 @@ def conv(
         groups=groups,
         bias=False,
         in_parts=parts,
-        alpha_out=alpha_out,
+        alpha_out=rounded_alpha(out_channels, alpha_out, spec.round_to),
         pool=spec.octave_pool,
     )
 
@@ -83,9 +84,9 @@ class Convolutions(nn.Module):
         vanilla = replace(spec, octave_pool=None)
         self.suffixes = ["", *(str(number) for number in range(2, len(convs) + 1))]
         for suffix, part in zip(self.suffixes, convs, strict=True):
-            layer = conv(vanilla, split(in_channels, 0.0), part.channels, part.kernel, part.stride)
+            layer = conv(vanilla, split(spec, in_channels, 0.0), part.channels, part.kernel, part.stride)
             self.add_module(f"conv{suffix}", layer)
-            self.add_module(f"bn{suffix}", norm(spec, split(part.channels, 0.0)))
+            self.add_module(f"bn{suffix}", norm(spec, split(spec, part.channels, 0.0)))
             in_channels = part.channels
         self.relu = relu
 
@@ -107,7 +108,9 @@ class Stem(Convolutions):
         if stem.bottleneck:
             assert isinstance(spec, ResNetSpec)
             vanilla = replace(spec, octave_pool=None, preactivation=False)
-            self.bottleneck = Bottleneck(vanilla, stem.bottleneck, split(stem.convs[-1].channels, 0.0), first=True)
+            self.bottleneck = Bottleneck(
+                vanilla, stem.bottleneck, split(spec, stem.convs[-1].channels, 0.0), first=True
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -129,7 +132,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         alpha, one = stage.alpha, (1,) * spec.dims
-        width, out = split(stage.width, alpha), split(stage.channels, alpha)
+        width, out = split(spec, stage.width, alpha), split(spec, stage.channels, alpha)
         strides = [stage.stride if first and stage.stride_on == number else one for number in (1, 2, 3)]
         before, behind = (parts, width, width), (width, width, out)
         normed = before if spec.preactivation else behind
@@ -183,7 +186,7 @@ def stage(spec: ResNetSpec, stage: StageSpec, parts: Parts) -> Blocks:
             blocks.add_module(f"nonlocal{index}", nonlocal_block(spec, stage))
         if index in stage.glore_after:
             blocks.add_module(f"glore{index}", glore_unit(spec, stage))
-        parts = split(stage.channels, stage.alpha)
+        parts = split(spec, stage.channels, stage.alpha)
     if stage.pool_after:
         blocks.add_module("pool", max_pool(spec, stage.pool_after, stage.pool_after))
     return blocks
@@ -197,6 +200,7 @@ def nonlocal_block(spec: ResNetSpec, stage: StageSpec) -> NonLocal:
         eps=spec.norm_eps,
         momentum=spec.norm_momentum,
         alpha=stage.alpha,
+        round_to=spec.round_to,
         pool=spec.octave_pool or (1, 2, 2),
     )
 
@@ -207,7 +211,7 @@ def glore_unit(spec: ResNetSpec, stage: StageSpec) -> GlobalReasoning:
         stage.channels // 4,
         eps=spec.norm_eps,
         momentum=spec.norm_momentum,
-        alpha=stage.alpha,
+        alpha=rounded_alpha(stage.channels, stage.alpha, spec.round_to),
         pool=spec.octave_pool or (2, 2),
     )
 

@@ -20,8 +20,8 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.bn1 = norm(spec, parts)
         self.conv1 = conv(spec, parts, spec.width, (1, 1), (1, 1), alpha)
-        self.bn2 = norm(spec, split(spec.width, alpha))
-        self.conv2 = conv(spec, split(spec.width, alpha), spec.growth, (3, 3), (1, 1), alpha)
+        self.bn2 = norm(spec, split(spec, spec.width, alpha))
+        self.conv2 = conv(spec, split(spec, spec.width, alpha), spec.growth, (3, 3), (1, 1), alpha)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Feature) -> Feature:
@@ -56,15 +56,15 @@ class DenseNet(nn.Module):
         self.stem = Stem(spec)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
         transitions: OrderedDict[str, nn.Module] = OrderedDict()
-        parts = split(spec.stem.channels, 0.0)
+        parts = split(spec, spec.stem.channels, 0.0)
         for index, part in enumerate(spec.stages):
             if index:
                 transitions[part.name] = Transition(spec, parts, part.alpha, part.stride)
-                parts = split(channels_of(parts) // 2, part.alpha)
+                parts = split(spec, channels_of(parts) // 2, part.alpha)
             layers = Blocks()
             for _ in range(part.layers):
                 layers.append(DenseLayer(spec, parts, part.alpha))
-                parts += split(spec.growth, part.alpha)
+                parts += split(spec, spec.growth, part.alpha)
             stages[part.name] = layers
         self.stages = nn.ModuleDict(stages)
         self.transitions = nn.ModuleDict(transitions)

@@ -22,7 +22,7 @@ class Separable(nn.Module):
         self.conv1 = conv(spec, parts, inner, (3, 3), stride, alpha_in, groups=inner)
         self.bn1 = norm(spec, parts)
         self.conv2 = conv(spec, parts, channels, (1, 1), (1, 1), alpha_out)
-        self.bn2 = norm(spec, split(channels, alpha_out))
+        self.bn2 = norm(spec, split(spec, channels, alpha_out))
         self.relu = activation(spec)
 
     def forward(self, x: Feature) -> Feature:
@@ -41,8 +41,8 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         inner, one = in_channels * expansion, (1, 1)
-        inside, outside = split(inner, alpha), split(channels, 0.0)
-        self.conv1 = conv(spec, split(in_channels, 0.0), inner, one, one, alpha)
+        inside, outside = split(spec, inner, alpha), split(spec, channels, 0.0)
+        self.conv1 = conv(spec, split(spec, in_channels, 0.0), inner, one, one, alpha)
         self.bn1 = norm(spec, inside)
         self.conv2 = conv(spec, inside, inner, (3, 3), stride, alpha, groups=inner)
         self.bn2 = norm(spec, inside)
@@ -70,7 +70,7 @@ class MobileNet(nn.Module):
         self.spec = spec
         self.stem = Stem(spec, activation(spec))
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        parts = split(spec.stem.channels, 0.0)
+        parts = split(spec, spec.stem.channels, 0.0)
         following = iter([*[part.alpha for part in spec.stages for _ in part.channels][1:], 0.0])
         for part in spec.stages:
             blocks = Blocks()
@@ -80,11 +80,11 @@ class MobileNet(nn.Module):
                     blocks.append(
                         InvertedResidual(spec, channels_of(parts), channels, part.expansion, part.alpha, stride)
                     )
-                    parts = split(channels, 0.0)
+                    parts = split(spec, channels, 0.0)
                 else:
                     # It gives what the next block takes: the last one of the octave stages merges.
                     blocks.append(Separable(spec, parts, channels, alpha_next, stride))
-                    parts = split(channels, alpha_next)
+                    parts = split(spec, channels, alpha_next)
             stages[part.name] = blocks
         self.stages = nn.Sequential(stages)
         channels = channels_of(parts)

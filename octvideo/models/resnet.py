@@ -22,10 +22,10 @@ class ResNet(nn.Module):
         self.spec = spec
         self.stem = Stem(spec)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        parts = split(spec.stem.channels, 0.0)
+        parts = split(spec, spec.stem.channels, 0.0)
         for part in spec.stages:
             stages[part.name] = stage(spec, part, parts)
-            parts = split(part.channels, part.alpha)
+            parts = split(spec, part.channels, part.alpha)
         self.stages = nn.Sequential(stages)
         self.tail_bn = norm(spec, parts) if spec.preactivation else None
         self.relu = nn.ReLU(inplace=True)

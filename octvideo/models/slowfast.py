@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octvideo.models.blocks import Head, Stem, initialize, norm, split, stage
 from octvideo.models.spec import ResNetSpec, SlowFastSpec
-from octvideo.octave import Feature, OctConv3d, Parts, concatenate, lift
+from octvideo.octave import Feature, OctConv3d, Parts, concatenate, lift, rounded_alpha
 
 
 def strided_frames(num_frames: int, ratio: int) -> list[int]:
@@ -41,10 +41,10 @@ class Pathway(nn.Module):
         super().__init__()
         self.stem = Stem(spec)
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        name, parts = "stem", split(spec.stem.channels, 0.0)
+        name, parts = "stem", split(spec, spec.stem.channels, 0.0)
         for part in spec.stages:
             stages[part.name] = stage(spec, part, parts + lateral.get(name, ()))
-            name, parts = part.name, split(part.channels, part.alpha)
+            name, parts = part.name, split(spec, part.channels, part.alpha)
         self.stages = nn.ModuleDict(stages)
 
 
@@ -73,12 +73,12 @@ class Lateral(nn.Module):
                 stride,
                 padding,
                 bias=False,
-                alpha_in=alpha,
-                alpha_out=alpha,
+                alpha_in=rounded_alpha(channels, alpha, spec.fast.round_to),
+                alpha_out=rounded_alpha(out, alpha, spec.fast.round_to),
                 pool=spec.fast.octave_pool,
                 pool_stride=False,
             )
-        self.bn = norm(spec.fast, split(out, alpha))
+        self.bn = norm(spec.fast, split(spec.fast, out, alpha))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Feature) -> Feature:
@@ -99,7 +99,9 @@ class SlowFast(nn.Module):
         sources = {"stem": (spec.fast.stem.channels, 0.0)}
         sources.update({part.name: (part.channels, part.alpha) for part in spec.fast.stages[:-1]})
         self.laterals = nn.ModuleDict({name: Lateral(spec, *source) for name, source in sources.items()})
-        added = {name: split(channels * spec.lateral_ratio, alpha) for name, (channels, alpha) in sources.items()}
+        added = {
+            name: split(spec.fast, channels * spec.lateral_ratio, alpha) for name, (channels, alpha) in sources.items()
+        }
         self.slow = Pathway(spec.slow, added)
         self.fast = Pathway(spec.fast, {})
         channels = spec.slow.stages[-1].channels + spec.fast.stages[-1].channels

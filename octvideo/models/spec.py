@@ -78,7 +78,10 @@ class StemSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NetSpec:
-    """What all networks of one trunk have. octave_pool: factor between the frequencies; None makes it vanilla."""
+    """What all networks of one trunk have. octave_pool: factor between the frequencies; None makes it vanilla.
+
+    round_to: low channels of a layer are the multiple of it that is nearest to its alpha; 1 is the paper's rule.
+    """
 
     stem: StemSpec
     num_classes: int
@@ -87,6 +90,7 @@ class NetSpec:
     norm_eps: float = 1e-5
     norm_momentum: float = 0.1
     octave_pool: Size | None = None
+    round_to: int = 1
 
     @property
     def dims(self) -> int:

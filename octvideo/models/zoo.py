@@ -256,19 +256,30 @@ AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 def with_octave(
-    spec: AnySpec, alpha: float, *, pool: Sequence[int] | None = None, ratios: Sequence[float] | None = None
+    spec: AnySpec,
+    alpha: float,
+    *,
+    pool: Sequence[int] | None = None,
+    ratios: Sequence[float] | None = None,
+    round_to: int = 1,
 ) -> AnySpec:
     """The octave twin of a network: the only thing that makes a network octave.
 
     alpha: share of low-frequency channels, 0 to 1; 0 gives the vanilla network back, strided convolutions and all.
     pool: factor between the frequencies, (1, 2, 2) (default) or (2, 2, 2) for video, (2, 2) for images.
     ratios: alpha of each stage; default [alpha, ..., alpha, 0], the paper's (section 4.1).
+    round_to: low channels of each layer are the nearest multiple of it, one multiple at least (`octave.rounded_alpha`).
     Both pathways of a SlowFast network become octave.
-    Raises ValueError for an alpha out of range or ratios of another length than the stages.
+    Raises ValueError for an alpha out of range, ratios of another length than the stages, or a round_to below 1.
     """
     if isinstance(spec, SlowFastSpec):
-        slow, fast = (with_octave(pathway, alpha, pool=pool, ratios=ratios) for pathway in (spec.slow, spec.fast))
+        slow, fast = (
+            with_octave(pathway, alpha, pool=pool, ratios=ratios, round_to=round_to)
+            for pathway in (spec.slow, spec.fast)
+        )
         return replace(spec, slow=slow, fast=fast)
+    if round_to < 1:
+        raise ValueError(f"octave round_to is {round_to}; low channels come in multiples of 1 or more")
     ratios = list(ratios) if ratios else [alpha] * (len(spec.stages) - 1) + [0.0]
     if len(ratios) != len(spec.stages):
         raise ValueError(f"{len(ratios)} octave ratios {ratios} for {len(spec.stages)} stages; give one per stage")
@@ -277,7 +288,7 @@ def with_octave(
         raise ValueError(f"octave alpha {outside[0]} is out of range; it is a share of channels, from 0 to 1")
     stages = tuple(replace(stage, alpha=a) for stage, a in zip(spec.stages, ratios, strict=True))  # type: ignore[type-var]
     octave_pool = tuple(pool or (1, 2, 2)[-spec.dims :]) if any(ratios) else None
-    return replace(spec, stages=stages, octave_pool=octave_pool)  # type: ignore[arg-type]
+    return replace(spec, stages=stages, octave_pool=octave_pool, round_to=round_to if octave_pool else 1)  # type: ignore[arg-type]
 
 
 def with_pool_padding(spec: AnySpec, padding: int) -> AnySpec:

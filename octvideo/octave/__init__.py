@@ -12,6 +12,7 @@ from octvideo.octave.feature import (
     concatenate,
     global_average_pool,
     lift,
+    rounded_alpha,
     split_channels,
     upsample,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "global_average_pool",
     "lift",
     "octavize",
+    "rounded_alpha",
     "split_channels",
     "synchronize_norms",
     "upsample",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octvideo.octave.conv import OctConv2d
-from octvideo.octave.feature import Feature, Octave, lift, require_feature, split_channels
+from octvideo.octave.feature import Feature, Octave, lift, require_feature, rounded_alpha, split_channels
 from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d
 
 FORMS = ("softmax", "dot_product")
@@ -26,6 +26,7 @@ class NonLocal(nn.Module):
 
     channels, inner: C and the width of the embedding. form: softmax, softmax(theta phi / sqrt(inner)), or dot_product,
     theta phi / (number of keys). alpha, pool: the split of channels and the factor between the frequencies.
+    round_to: see `rounded_alpha`.
     The norm's gamma starts at zero, so that a new block changes nothing.
     """
 
@@ -39,15 +40,18 @@ class NonLocal(nn.Module):
         momentum: float = 0.1,
         alpha: float = 0.0,
         pool: Sequence[int] = (1, 2, 2),
+        round_to: int = 1,
     ) -> None:
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
-        self.form, self.alpha, self.pool = form, alpha, tuple(pool)
+        self.form, self.pool = form, tuple(pool)
+        inner_alpha, alpha = rounded_alpha(inner, alpha, round_to), rounded_alpha(channels, alpha, round_to)
         self.high, self.low = split_channels(channels, alpha)
-        self.inner = split_channels(inner, alpha)[0]
+        self.inner = split_channels(inner, inner_alpha)[0]
         if self.low and not (self.high and self.inner):
             raise ValueError(f"alpha {alpha} leaves the non-local block no high channels to query from")
+        self.alpha = alpha
         self.theta = nn.Conv3d(channels, inner, 1)
         self.phi = nn.Conv3d(channels, inner, 1)
         self.g = nn.Conv3d(channels, inner, 1)

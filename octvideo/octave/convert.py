@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
+from octvideo.octave.feature import rounded_alpha
 from octvideo.octave.operations import (
     CAT,
     CONV,
@@ -124,6 +125,7 @@ def octavize(
     min_size: int = 10,
     pool_stride: bool = True,
     share: bool = False,
+    round_to: int = 1,
 ) -> OctaveNetwork:
     """The octave twin of any convolutional network: same module names, same state dict. `model` is left as it is.
 
@@ -137,6 +139,7 @@ def octavize(
     keep: names of modules (shell patterns) that stay as they are. A two-frequency map comes to them merged.
     pool_stride: behind the first octave layer, stride by average pooling (the paper's form), else by the convolution's step.
     share: the two networks share their weights and running statistics; else the twin has copies.
+    round_to: low channels of each output are the multiple of it that is nearest to alpha (`octave.rounded_alpha`).
 
     Convolutions (depthwise, grouped, dilated too), batch norms, activations, pools, dropout, stochastic depth, sums,
     concatenations and products with a gate per channel carry two frequencies. Whatever else reads a two-frequency map gets
@@ -160,7 +163,7 @@ def octavize(
     twin = copy.deepcopy(model, {id(t): t for t in tensors} if share else {})
     mark_channels_last(graph, twin)
     plan = _Plan(graph, twin)
-    alphas = plan.alphas(alpha, min_size)
+    alphas = {node: rounded_alpha(plan.channels(node), a, round_to) for node, a in plan.alphas(alpha, min_size).items()}
     rewriter = Rewriter(graph, twin, alphas, pool, pool_stride)
     rewritten = rewriter.run()
     report = ConversionReport(tuple(rewriter.rows), tuple(rewriter.notes), tuple(plan.stages))
@@ -295,6 +298,11 @@ class _Plan:
         for node, value in chosen.items():
             _check_alpha(value, f" for {node.target}")
         return chosen
+
+    def channels(self, node: fx.Node) -> int:
+        """Of the output."""
+        layer = self.layer(node)
+        return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
 
     def _describe(self, node: fx.Node) -> Convolution:
         layer, name, size = self.layer(node), str(node.target), self.sizes[node]

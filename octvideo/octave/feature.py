@@ -47,6 +47,18 @@ def split_channels(channels: int, alpha: float) -> tuple[int, int]:
     return channels - low, low
 
 
+def rounded_alpha(channels: int, alpha: float, round_to: int) -> float:
+    """The alpha nearest to `alpha` at which low is a multiple of round_to; 1 leaves alpha as it is.
+
+    Low has one multiple at least and high one channel, or the layer would change its kind; only where channels are round_to
+    or fewer is that impossible, and alpha 0. So do alpha 0 and 1 stay.
+    """
+    if round_to == 1 or not 0.0 < alpha < 1.0:
+        return alpha
+    multiples = max(int(alpha * channels / round_to + 0.5), 1)
+    return min(multiples, (channels - 1) // round_to) * round_to / channels
+
+
 Parts = tuple[tuple[int, int], ...]
 """(high, low) channels of each part of a concatenation; of a feature that is none, one part."""
 

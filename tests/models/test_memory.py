@@ -56,8 +56,8 @@ def test_two_blocks_keep_what_the_law_says(
     def bytes_of(alpha: float) -> int:
         octave = with_octave(spec, alpha, pool=pool)
         part = replace(octave.stages[1], width=width, channels=128, temporal_kernels=(3 if spec.dims == 3 else 1, 1))
-        module = stage(octave, part, split(64, alpha)).to(memory_format=layout)
-        (high, low) = split(64, alpha)[0]
+        module = stage(octave, part, split(octave, 64, alpha)).to(memory_format=layout)
+        (high, low) = split(octave, 64, alpha)[0]
         maps = [torch.randn(2, high, *size), torch.randn(2, low, *low_size(size, pool))]
         maps = [x.contiguous(memory_format=layout) for x in maps]
         return kept(module, Octave(*maps) if low else maps[0])
@@ -78,8 +78,8 @@ def test_so_do_compiled_blocks(alpha: float, pool: tuple[int, ...]) -> None:
         torch._dynamo.reset()
         octave = with_octave(spec, alpha, pool=pool)
         part = replace(octave.stages[1], width=16, channels=32, temporal_kernels=(3,))
-        module = stage(octave, part, split(16, alpha))
-        (high, low) = split(16, alpha)[0]
+        module = stage(octave, part, split(octave, 16, alpha))
+        (high, low) = split(octave, 16, alpha)[0]
         maps = [torch.randn(2, high, *size), torch.randn(2, low, *low_size(size, pool))]
         module.compile(fullgraph=True, backend="aot_eager_decomp_partition")
         return kept(module, Octave(*maps) if low else maps[0])

@@ -1,9 +1,12 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from octvideo.analysis.complexity import complexity
 from octvideo.models import NETWORKS, SlowFastSpec, Spec, create, with_octave, with_pool_padding
 from octvideo.models.spec import feature_sizes
+from octvideo.octave import NonLocal, OctBatchNorm2d, OctBatchNorm3d, OctConv2d, OctConv3d
 
 from .shallow import cut
 
@@ -142,3 +145,61 @@ def test_mobilenet_v2_is_octave_inside_the_first_13_blocks() -> None:
     assert [block.conv2.alpha_out for block in blocks] == [0.375] * 13 + [0.0] * 4
     assert {block.conv3.alpha_out for block in blocks} == {0.0}
     assert blocks[0].conv1.weight.shape == (32, 32, 1, 1)  # the block without expansion keeps this layer
+
+
+def on_meta(spec: Spec) -> nn.Module:
+    with torch.device("meta"):
+        return create(spec)
+
+
+@pytest.mark.parametrize("round_to", [8, 16])
+@pytest.mark.parametrize("name", [n for n in NETWORKS if not any(part in n for part in ("101", "152_v1f", "200"))])
+def test_low_channels_in_multiples(name: str, round_to: int) -> None:
+    """Layers agree with their neighbours, or the forward pass would raise; the state dict stays; counts are what runs."""
+    spec = cut(NETWORKS[name](10))
+    net = on_meta(with_octave(spec, 0.25, round_to=round_to))
+    lows = []
+    for module in net.modules():
+        if isinstance(module, OctConv2d | OctConv3d):
+            lows += [module.in_low, module.out_low]
+        elif isinstance(module, OctBatchNorm2d | OctBatchNorm3d):
+            lows.append(module.low)
+        elif isinstance(module, NonLocal):
+            lows += [module.low, module.theta.out_channels - module.inner]
+    assert any(lows) and all(low % round_to == 0 for low in lows)
+    state, vanilla = net.state_dict(), on_meta(spec).state_dict()
+    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in vanilla.items()}
+    size = input_of(spec)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert net.eval()(torch.empty(size, device="meta")).shape == (1, 10)
+    assert complexity(net, size[1:]).macs.total == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", ["i3d_tiny", "slowfast_4x16_r50", "resnet50_glore", "mobilenet_v1_1.0", "densenet121"])
+def test_a_network_of_rounded_channels_trains(name: str) -> None:
+    torch.manual_seed(0)
+    spec = cut(NETWORKS[name](5), keep=1)
+    net = create(with_octave(spec, 0.2, round_to=8)).train()
+    x: Tensor = torch.randn(input_of(spec, batch=2))
+    net(x[..., :32]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_rounding_changes_what_is_counted() -> None:
+    """Of 64 channels a tenth is 6 and becomes 8, of 256 25 becomes 24: counts follow the layers."""
+    spec = NETWORKS["i3d_r50"](400)
+    paper, rounded = (on_meta(with_octave(spec, 0.1, round_to=r)) for r in (1, 8))
+    splits = [
+        [(c.out_high, c.out_low) for c in (b.conv1, b.conv3)] for b in (paper.stages.res2[0], rounded.stages.res2[0])
+    ]
+    assert splits == [[(58, 6), (231, 25)], [(56, 8), (232, 24)]]
+    first, second = (complexity(net, (3, 8, 224, 224)).macs.total for net in (paper, rounded))
+    assert second / first == pytest.approx(0.989, abs=0.001)  # 6 -> 8 outweighs 25 -> 24: there are more narrow layers
+
+
+def test_round_to_1_is_the_paper_s_network() -> None:
+    spec = NETWORKS["i3d_nl_r50"](400)
+    assert with_octave(spec, 0.1, round_to=1) == with_octave(spec, 0.1)
+    assert with_octave(spec, 0.0, round_to=8) == spec
+    with pytest.raises(ValueError, match="round_to is 0; low channels come in multiples of 1 or more"):
+        with_octave(spec, 0.1, round_to=0)

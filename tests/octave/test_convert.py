@@ -51,18 +51,25 @@ def test_it_is_what_with_octave_builds(name: str, pool: tuple[int, ...] | None) 
     check_against_with_octave(cut(NETWORKS[name](10), keep=1), *OURS[name], pool)
 
 
+@pytest.mark.parametrize("name", ["i3d_r50", "densenet121"])
+def test_rounded_to_multiples_it_is_so_too(name: str) -> None:
+    check_against_with_octave(cut(NETWORKS[name](10), keep=1), *OURS[name], None, round_to=8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50_v1b", "c2d_r50", "i3d_r50", "slowfast_4x16_r50"])
 def test_it_is_what_with_octave_builds_at_full_depth(name: str) -> None:
     check_against_with_octave(NETWORKS[name](10), *OURS[name], None)
 
 
-def check_against_with_octave(spec: Spec, size: tuple[int, ...], alpha: Alpha, pool: tuple[int, ...] | None) -> None:
-    vanilla, octave = create(spec).eval(), create(with_octave(spec, 0.25, pool=pool)).eval()
+def check_against_with_octave(
+    spec: Spec, size: tuple[int, ...], alpha: Alpha, pool: tuple[int, ...] | None, round_to: int = 1
+) -> None:
+    vanilla, octave = create(spec).eval(), create(with_octave(spec, 0.25, pool=pool, round_to=round_to)).eval()
     randomize(vanilla)
     octave.load_state_dict(vanilla.state_dict())
     x = torch.randn(1, *size)
-    converted = octavize(vanilla, alpha, x, pool=pool, min_size=3)
+    converted = octavize(vanilla, alpha, x, pool=pool, min_size=3, round_to=round_to)
     with torch.no_grad():
         assert torch.equal(converted(x), octave(x))
     assert not converted.report.notes and any(row.alpha_in and row.alpha_out for row in converted.report.rows)

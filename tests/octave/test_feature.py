@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octvideo.octave import Octave, average_pool, concatenate, global_average_pool, lift, split_channels, upsample
-from octvideo.octave.feature import low_size, require_feature
+from octvideo.octave.feature import low_size, require_feature, rounded_alpha
 
 from . import reference
 
@@ -301,3 +302,31 @@ def test_pooling_and_upsampling_on_cuda() -> None:
             np.testing.assert_allclose(y.cpu().numpy(), expected, rtol=0, atol=1e-14)
             grown = reference.upsample(expected, kernel, (5, 7, 6))
             np.testing.assert_allclose(upsample(y, (5, 7, 6)).cpu().numpy(), grown, rtol=0, atol=1e-14)
+
+
+def test_rounded_alpha_gives_the_nearest_multiple() -> None:
+    def low(channels: int, alpha: float, round_to: int) -> int:
+        return split_channels(channels, rounded_alpha(channels, alpha, round_to))[1]
+
+    assert [low(64, alpha, 8) for alpha in (0.0, 0.01, 0.1, 0.18, 0.1875, 0.5, 0.9, 0.99, 1.0)] == [
+        *(0, 8, 8, 8, 16, 32, 56, 56, 64)
+    ]
+    assert [low(channels, 0.25, 8) for channels in (8, 9, 16, 24, 80)] == [
+        0,
+        8,
+        8,
+        8,
+        24,
+    ]  # 80 / 4 lies between 16 and 24
+    assert [low(1, alpha, 8) for alpha in (0.5, 1.0)] == [0, 1]
+    for channels, alpha in product(range(1, 200), (0.125, 0.1, 0.3, 0.75)):
+        assert rounded_alpha(channels, alpha, 1) == alpha
+        for round_to in (2, 8, 16, 32):
+            got = low(channels, alpha, round_to)
+            assert got % round_to == 0 and got < channels and (got or channels <= round_to)
+            assert abs(got - alpha * channels) <= round_to / 2 or got in (
+                round_to,
+                (channels - 1) // round_to * round_to,
+            )
+            # what a depthwise layer does with the quotient that it is given
+            assert low(channels, got / channels, round_to) == got
