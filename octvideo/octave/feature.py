@@ -160,9 +160,11 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
-    """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place, and no upsampled map is made."""
+    """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place; CPUs need no upsampled map."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return y + upsample(low, y.shape[2:])
+    if y.device.type != "cpu":
+        return y.add_(upsample(low, y.shape[2:]))
     doubled = [size != small for size, small in zip(y.shape[2:], low.shape[2:], strict=True)]
     # one corner of all windows after the other; at an odd border there are fewer of the later ones
     for corner in itertools.product(*((0, 1) if double else (None,) for double in doubled)):
