@@ -68,6 +68,10 @@ class _OctConv(_ConvNd):
         self.pool_stride, one = pool_stride, (1,) * len(self.stride)
         self._pooled, self._step = (self.stride, one) if pool_stride else (one, self.stride)
         self._pads = self._resolve_padding()
+        # Are maps padded by `_pads` zeros on either side, as `_convolution_gradients` takes it?
+        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        even = self.padding != "same" or [2 * pad for pad in self._pads] == reach
+        self._even_zeros = even and self.padding_mode == "zeros"
         self._paths = paths_of(self)
         self._check()
 
@@ -154,13 +158,6 @@ class _OctConv(_ConvNd):
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self._pads)
         return convolve(x, weight, bias, self._step, padding, self.dilation, groups)
-
-    @property
-    def _even_zeros(self) -> bool:
-        """Are maps padded by `_pads` zeros on either side, as `_convolution_gradients` takes it?"""
-        reach = (d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True))
-        even = self.padding != "same" or all(2 * p == r for p, r in zip(self._pads, reach, strict=True))
-        return even and self.padding_mode == "zeros"
 
     def _convolution_gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]

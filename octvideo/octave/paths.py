@@ -25,47 +25,52 @@ Place = tuple[str, tuple[Kernel, ...]]
 
 
 class Path(NamedTuple):
-    """A convolution of the map at `place` with a block of the weight, rows x columns (start, stop).
+    """A convolution of the map at `place` with a block of the weight, rows x columns.
 
     high: how many of its outputs, the first ones, are high. grow: factor that brings these to high's size.
     biased: each output gets its bias by one path.
     """
 
     place: Place
-    rows: tuple[int, int]
-    columns: tuple[int, int]
+    rows: slice
+    columns: slice
     high: int
     grow: Kernel
     biased: bool
 
     def block(self, weight: Tensor) -> Tensor:
-        return weight[slice(*self.rows), slice(*self.columns)]
+        return weight[self.rows, self.columns]
 
 
 def paths_of(layer: _OctConv) -> list[Path]:
     """H->H, H->L, then L->H and L->L; these as one convolution where both read low at the same resolution."""
     stride, pool, one = layer._pooled, layer.pool, (1,) * len(layer.pool)
-    highs, lows, both = (0, layer.out_high), (layer.out_high, layer.out_channels), (0, layer.out_channels)
-    own = layer.in_channels // layer.groups
-    high_columns = (0, own if layer.depthwise else layer.in_high // layer.groups)
-    low_columns = (0 if layer.depthwise else high_columns[1], own)
+    both, highs, lows = slice(None), slice(0, layer.out_high), slice(layer.out_high, None)
+    middle = layer.in_high // layer.groups
+    high_columns, low_columns = (both, both) if layer.depthwise else (slice(0, middle), slice(middle, None))
     # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
     to_high = tuple(max(s // p, 1) for s, p in zip(stride, pool, strict=True))
     grow = tuple(p * t // s for p, t, s in zip(pool, to_high, stride, strict=True))
     biased = not layer.in_high or layer.depthwise  # the bias rides with what reads the high map
+
+    def place(name: str, *kernels: Kernel) -> Place:
+        return name, tuple(kernel for kernel in kernels if kernel != one)
+
     paths = []
     if layer.in_high:
-        paths.append(Path(("high", (stride,)), highs, high_columns, layer.out_high, one, True))
-        if not layer.depthwise:
-            paths.append(Path(("high", (stride, pool)), lows, high_columns, 0, one, True))
+        if layer.out_high:
+            paths.append(Path(place("high", stride), highs, high_columns, layer.out_high, one, True))
+        if layer.out_low and not layer.depthwise:
+            paths.append(Path(place("high", stride, pool), lows, high_columns, 0, one, True))
     if layer.in_low:
         if to_high == stride and layer.groups == 1:
-            paths.append(Path(("low", (stride,)), both, low_columns, layer.out_high, grow, biased))
+            paths.append(Path(place("low", stride), both, low_columns, layer.out_high, grow, biased))
         else:
-            if not layer.depthwise:
-                paths.append(Path(("low", (to_high,)), highs, low_columns, layer.out_high, grow, biased))
-            paths.append(Path(("low", (stride,)), lows, low_columns, 0, one, biased))
-    return [path for path in paths if path.rows[0] < path.rows[1]]
+            if layer.out_high and not layer.depthwise:
+                paths.append(Path(place("low", to_high), highs, low_columns, layer.out_high, grow, biased))
+            if layer.out_low:
+                paths.append(Path(place("low", stride), lows, low_columns, 0, one, biased))
+    return paths
 
 
 def follow_paths(
@@ -75,7 +80,7 @@ def follow_paths(
     followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (high, low, weight, bias))
     # A compiler takes the gradients of plain operators apart by itself, and fuses them.
     if not followed or torch.compiler.is_compiling() or not layer._even_zeros:
-        return _forward(layer, high, low, weight, bias, size)
+        return _forward(layer, size, high, low, weight, bias)
     if torch.is_autocast_enabled(high.device.type):
         high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)
     return _Paths.apply(layer, size, high, low, weight, bias)
@@ -88,20 +93,18 @@ def _cast(x: Any) -> Any:
 
 def _pooled_again(x: Tensor, kernel: Kernel) -> Tensor:
     """`average_pool` for a compiler, which would keep the pooled map."""
-    if all(k == 1 for k in kernel):
-        return x
     return checkpoint(average_pool, x, kernel, use_reentrant=False, preserve_rng_state=False)
 
 
 def _forward(
-    layer: _OctConv, high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+    layer: _OctConv, size: Sequence[int], high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
     y_high = y_low = None
     trained = layer.training and torch.is_grad_enabled() and torch.compiler.is_compiling()
     pool = _pooled_again if trained else average_pool
     for path in layer._paths:
-        own_bias = bias[slice(*path.rows)] if bias is not None and path.biased else None
+        own_bias = bias[path.rows] if bias is not None and path.biased else None
         y = layer._convolve(_pooled(maps, path.place, pool), path.block(weight), own_bias)
         # slices, not split's views, which refuse an operation in place behind this layer
         if path.high:
@@ -136,7 +139,7 @@ class _Paths(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         ctx.layer = layer
         ctx.save_for_backward(high, low, weight)
-        outputs = _forward(layer, high, low, weight, bias, size)
+        outputs = _forward(layer, size, high, low, weight, bias)
         # nor may an operation in place follow where a step of autograd gives views
         return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)  # type: ignore[return-value]
 
@@ -155,20 +158,20 @@ class _Paths(torch.autograd.Function):
             if not any(needs):
                 continue
             x = _pooled(maps, path.place, average_pool)
-            grad = _gradient_of_output(path, *grads)
-            grad_x, grad_block, own_bias = layer._convolution_gradients(grad, x, path.block(weight), needs)
+            block = path.block(weight)
+            grad = _gradient_of_output(path, len(block), *grads)
+            grad_x, grad_block, own_bias = layer._convolution_gradients(grad, x, block, needs)
             if grad_block is not None and grad_weight is not None:
                 path.block(grad_weight).copy_(grad_block)
             if own_bias is not None and grad_bias is not None:
-                grad_bias[slice(*path.rows)] = own_bias
+                grad_bias[path.rows] = own_bias
             if grad_x is not None:
                 before = grad_maps.get(path.place)
                 grad_maps[path.place] = grad_x if before is None else before.add_(grad_x)
         return None, None, *_gradients_of_inputs(maps, grad_maps), grad_weight, grad_bias
 
 
-def _gradient_of_output(path: Path, grad_high: Any, grad_low: Any) -> Tensor:
-    outputs = path.rows[1] - path.rows[0]
+def _gradient_of_output(path: Path, outputs: int, grad_high: Any, grad_low: Any) -> Tensor:
     if not path.high:
         return grad_low
     grad_high = upsampling_gradient(grad_high, path.grow)
