@@ -126,7 +126,12 @@ def _slices_are_faster(x: Tensor, kernel: Sequence[int]) -> bool:
     """Of a contiguous map on a CPU avg_pool2d takes 7 times as long; with a gradient to follow slices would cost more."""
     plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.stride(1) != 1
     whole = all(k == 1 or (k == 2 and size % 2 == 0) for size, k in zip(x.shape[2:], kernel, strict=True))
-    return plain and whole and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return plain and whole and not _watched()
+
+
+def _watched() -> bool:
+    """Does autograd, a compiler or a tracer follow each operator? Then a few plain ones are best."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _average_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -161,7 +166,7 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
     """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place; CPUs need no upsampled map."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if _watched():
         return y + upsample(low, y.shape[2:])
     if y.device.type != "cpu":
         return y.add_(upsample(low, y.shape[2:]))
@@ -181,8 +186,6 @@ def pooling_gradient(grad: Tensor, size: Sequence[int], kernel: Sequence[int], a
 
     grad: of the pooled map.
     """
-    if all(k == 1 for k in kernel):
-        return grad if added_to is None else added_to.add_(grad)
     shares = _times_values(grad, size, kernel, -1)
     return upsample(shares, size) if added_to is None else add_upsampled(added_to, shares)
 

@@ -79,7 +79,8 @@ def follow_paths(
     """(y_high, y_low) of `layer`, None where it gives no such map. weight: columns high before low. size: of y_high."""
     followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (high, low, weight, bias))
     # A compiler takes the gradients of plain operators apart by itself, and fuses them.
-    if not followed or torch.compiler.is_compiling() or not layer._even_zeros:
+    plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or not layer._even_zeros
+    if plain or not followed:
         return _forward(layer, size, high, low, weight, bias)
     if torch.is_autocast_enabled(high.device.type):
         high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)
@@ -136,12 +137,12 @@ class _Paths(torch.autograd.Function):
         low: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.layer = layer
         ctx.save_for_backward(high, low, weight)
         outputs = _forward(layer, size, high, low, weight, bias)
         # nor may an operation in place follow where a step of autograd gives views
-        return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)  # type: ignore[return-value]
+        return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -210,3 +210,11 @@ def test_the_same_numbers_each_time() -> None:
     maps = given(layer, (3, 6, 7), torch.float32)
     first, second = gradients(layer, maps), gradients(layer, maps)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_it_can_be_traced() -> None:
+    """torch.jit.trace, with gradients on as they are by default; it checks its graph without them."""
+    module = torch.nn.Sequential(OctConv2d(4, 8, 3, padding=1, alpha_out=0.5), OctConv2d(8, 4, 1, alpha_in=0.5)).eval()
+    x = torch.randn(2, 4, 6, 8)
+    assert torch.equal(torch.jit.trace(module, x)(x), module(x))
