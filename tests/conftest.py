@@ -3,8 +3,11 @@
 import contextlib
 
 import pytest
+import submitit  # noqa: F401
 import torch
 
+# submitit is imported here, before any test: its import closes every handler of logging, and absl's (of tensorboard) closes
+# its stream with itself, which in a test is the file that pytest captures into.
 torch.set_num_threads(1)
 
 

@@ -168,6 +168,8 @@ def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
     """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place; CPUs need no upsampled map."""
     if _watched():
         return y + upsample(low, y.shape[2:])
+    if kernels.usable(y, low):
+        return kernels.add_upsampled_(y, low)
     if y.device.type != "cpu":
         return y.add_(upsample(low, y.shape[2:]))
     doubled = [size != small for size, small in zip(y.shape[2:], low.shape[2:], strict=True)]
