@@ -30,6 +30,7 @@ from octvideo.octave import (
     global_average_pool,
     lift,
     rounded_alpha,
+    shared_pooling,
     split_channels,
 )
 
@@ -155,18 +156,27 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Feature) -> Feature:
         apply = self._norm_first if self.preactivation else self._norm_last
-        shortcut = x
-        if self.projection is not None and self.projection_bn is not None:
-            read = x if self.projection_input_bn is None else self.projection_input_bn(x)
-            shortcut = apply(self.projection, self.projection_bn, read, relu=self.preactivation)
-        y = x if self.input_bn is None else self.input_bn(x)
-        y = apply(self.conv1, self.bn1, y)
+        if self.projection is None or torch.compiler.is_compiling():  # a compiler sees by itself what is shared
+            shortcut, y = self._read(x)
+        else:
+            with shared_pooling():
+                shortcut, y = self._read(x)
         y = apply(self.conv2, self.bn2, y)
         y = apply(self.conv3, self.bn3, y, relu=self.preactivation)
         if self.se is not None:
             y = self.se(y)
         y = lift(torch.add, y, shortcut)
         return y if self.preactivation else lift(self.relu, y)
+
+    def _read(self, x: Feature) -> tuple[Feature, Feature]:
+        """The shortcut, and the first convolution: in the first block of a stage both are octave layers that read x."""
+        apply = self._norm_first if self.preactivation else self._norm_last
+        shortcut = x
+        if self.projection is not None and self.projection_bn is not None:
+            read = x if self.projection_input_bn is None else self.projection_input_bn(x)
+            shortcut = apply(self.projection, self.projection_bn, read, relu=self.preactivation)
+        y = x if self.input_bn is None else self.input_bn(x)
+        return shortcut, apply(self.conv1, self.bn1, y)
 
     def _norm_last(self, convolution: nn.Module, batch_norm: nn.Module, x: Feature, relu: bool = True) -> Feature:
         y = batch_norm(convolution(x))

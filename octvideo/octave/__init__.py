@@ -25,6 +25,7 @@ from octvideo.octave.layers import (
     SqueezeExcite,
     synchronize_norms,
 )
+from octvideo.octave.paths import shared_pooling
 
 __all__ = [
     "ConversionError",
@@ -49,6 +50,7 @@ __all__ = [
     "lift",
     "octavize",
     "rounded_alpha",
+    "shared_pooling",
     "split_channels",
     "synchronize_norms",
     "upsample",

@@ -7,7 +7,9 @@ pools again in the backward pass, and gradients go straight to their places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,10 +83,40 @@ def follow_paths(
     # A compiler takes the gradients of plain operators apart by itself, and fuses them.
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or not layer._even_zeros
     if plain or not followed:
-        return _forward(layer, size, high, low, weight, bias)
+        trained = layer.training and torch.is_grad_enabled() and torch.compiler.is_compiling()
+        return _forward(layer, size, high, low, weight, bias, _pooled_again if trained else average_pool)
     if torch.is_autocast_enabled(high.device.type):
         high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)
     return _Paths.apply(layer, size, high, low, weight, bias)
+
+
+class _Shared(threading.local):
+    maps: dict[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
+
+
+_shared = _Shared()
+
+
+@contextlib.contextmanager
+def shared_pooling() -> Iterator[None]:
+    """Layers that train in here and read the same map pool it once: the first convolution of a block and its projection.
+
+    The pooled map lives as long as this lasts, so that it is not there when gradients need the memory.
+    """
+    before, _shared.maps = _shared.maps, {}
+    try:
+        yield
+    finally:
+        _shared.maps = before
+
+
+def _pool_once(x: Tensor, kernel: Kernel) -> Tensor:
+    if _shared.maps is None:
+        return average_pool(x, kernel)
+    key = (id(x), x._version, kernel)
+    if key not in _shared.maps:
+        _shared.maps[key] = (x, average_pool(x, kernel))  # x stays, or another map could get its id
+    return _shared.maps[key][1]
 
 
 def _cast(x: Any) -> Any:
@@ -98,12 +130,16 @@ def _pooled_again(x: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _forward(
-    layer: _OctConv, size: Sequence[int], high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None
+    layer: _OctConv,
+    size: Sequence[int],
+    high: Tensor,
+    low: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    pool: Callable[..., Tensor] = average_pool,
 ) -> tuple[Tensor | None, Tensor | None]:
     maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
     y_high = y_low = None
-    trained = layer.training and torch.is_grad_enabled() and torch.compiler.is_compiling()
-    pool = _pooled_again if trained else average_pool
     for path in layer._paths:
         own_bias = bias[path.rows] if bias is not None and path.biased else None
         y = layer._convolve(_pooled(maps, path.place, pool), path.block(weight), own_bias)
@@ -140,7 +176,7 @@ class _Paths(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.layer = layer
         ctx.save_for_backward(high, low, weight)
-        outputs = _forward(layer, size, high, low, weight, bias)
+        outputs = _forward(layer, size, high, low, weight, bias, _pool_once)
         # nor may an operation in place follow where a step of autograd gives views
         return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)
 

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from octvideo.octave import Feature, Octave, OctConv2d, OctConv3d, average_pool, paths, upsample
+from octvideo.octave import Feature, Octave, OctConv2d, OctConv3d, average_pool, paths, shared_pooling, upsample
 from octvideo.octave.feature import add_upsampled, low_size, pooling_gradient, upsampling_gradient
 
 SIZES = [((4, 6), (2, 2)), ((5, 7), (2, 2)), ((1, 3), (2, 1)), ((3, 4, 6), (1, 2, 2)), ((3, 5, 6), (2, 2, 2))]
@@ -218,3 +219,34 @@ def test_it_can_be_traced() -> None:
     module = torch.nn.Sequential(OctConv2d(4, 8, 3, padding=1, alpha_out=0.5), OctConv2d(8, 4, 1, alpha_in=0.5)).eval()
     x = torch.randn(2, 4, 6, 8)
     assert torch.equal(torch.jit.trace(module, x)(x), module(x))
+
+
+def test_what_two_layers_read_is_pooled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strided layer and one that is not, as a projection and the first convolution of a block."""
+    torch.manual_seed(0)
+    pooled: list[tuple[int, ...]] = []
+    monkeypatch.setattr(paths, "average_pool", lambda x, k: pooled.append(tuple(x.shape)) or average_pool(x, k))
+    projection = OctConv3d(8, 8, 1, stride=(1, 2, 2), alpha_in=0.5, alpha_out=0.5)
+    first = OctConv3d(8, 8, 1, alpha_in=0.5, alpha_out=0.5)
+    x = Octave(torch.randn(2, 4, 3, 8, 8, requires_grad=True), torch.randn(2, 4, 3, 4, 4, requires_grad=True))
+
+    def step(shared: bool) -> tuple[list[tuple[int, ...]], tuple[Tensor, ...]]:
+        pooled.clear()
+        with shared_pooling() if shared else nullcontext():
+            maps = [*projection(x), *first(x)]
+        made = [shape for shape in pooled if shape[1:] == (4, 3, 8, 8)]
+        inputs = [*x, projection.weight, first.weight]
+        return made, torch.autograd.grad(sum(y.square().sum() for y in maps), inputs)
+
+    (twice, expected), (once, gradients) = step(shared=False), step(shared=True)
+    assert (len(twice), len(once)) == (2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    with shared_pooling():  # a map that changes in between is another one
+        high = x.high.detach().clone()
+        before = first(Octave(high, x.low)).low
+        high.zero_()
+        assert not torch.equal(first(Octave(high, x.low)).low, before)
+        assert torch.equal(first(Octave(torch.zeros_like(high), x.low)).low, first(Octave(high, x.low)).low)
+    pooled.clear()
+    first(x), first(x)
+    assert len(pooled) == 2  # nothing is kept
