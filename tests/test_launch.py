@@ -23,6 +23,7 @@ from tools import run_net
 CONFIG = str(ROOT / "configs/motion/oct_i3d_tiny.yaml")
 GOLDEN = ROOT / "tests/golden"
 LISTS = ["DATA.TRAIN_LIST", "train.txt", "DATA.VAL_LIST", "val.txt"]
+NOWHERE = ["OUTPUT_DIR", "runs/nowhere"]  # the config's own has checkpoints after `make demo`
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
         (["--slurm", "--time-min", "2"], "--signal-delay-s is 120; allowed: below --time-min's 2 min"),
         (["--slurm", "--partition", "a\n#SBATCH --uid=0"], r"--partition is 'a\n#SBATCH --uid=0'; give a name"),
         (["--slurm", "--nodes", "0", "--cpus-per-task", "0"], "2 problem(s) with where to run"),
-        (["--slurm", "--gpus-per-node", "7", *LISTS], "TRAIN.BATCH_SIZE 16 is not divisible by 7 processes; try 14"),
+        (
+            ["--slurm", "--gpus-per-node", "7", *LISTS, *NOWHERE],
+            "TRAIN.BATCH_SIZE 16 is not divisible by 7 processes; try 14",
+        ),
         (["--local", "5", *LISTS], "TRAIN.BATCH_SIZE 16 is not divisible by 5 processes; try 15"),
         (["--slurm", "--array-overrides", "/nowhere"], "--array-overrides /nowhere: cannot be read"),
     ],
@@ -95,7 +99,7 @@ def test_ranks_do_not_start_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    assert "this is already rank 1 of 2 processes" in error_of(capsys, "--slurm", *LISTS)
+    assert "this is already rank 1 of 2 processes" in error_of(capsys, "--slurm", *LISTS, *NOWHERE)
 
 
 def test_a_job_does_not_begin_from_a_file_where_its_restarts_would_not(
