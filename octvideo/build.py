@@ -656,7 +656,7 @@ def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "so
     of_data = class_names(cfg, videos.source)
     check_class_order(classes, of_data, str(path))
     model = network(cfg)
-    checkpoint.load_weights(model, state.get("ema", state["model"]), path)
+    checkpoint.load_weights(model, checkpoint.averaged(state), path)
     result = evaluate(
         place(cfg, model, device),
         eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS),

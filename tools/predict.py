@@ -146,7 +146,7 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> Network:
             remedy = "train first or give --checkpoint FILE; --random-weights goes on without any"
             raise CheckpointError(f"{folder}: no checkpoint to predict with; {remedy}")
         path, state = build.weights_to_test(cfg, folder)
-        own = state.get("ema", state["model"])
+        own = checkpoint.averaged(state)
         _check_classes(cfg, own, path)
         checkpoint.load_weights(model, own, path)
         weights = {"checkpoint": str(path), "random_weights": False, "moving_average": "ema" in state}

@@ -47,8 +47,7 @@ class NaiveOctConv(nn.Module):
     def __init__(self, conv: _OctConv) -> None:
         super().__init__()
         self.pool, self.stride, self.pooled = conv.pool, conv.stride, conv._pooled
-        # Where the stride makes low's resolution that of the high output, L->H reads low as it is.
-        self.pooled_to_high = tuple(max(s // p, 1) for s, p in zip(self.pooled, self.pool, strict=True))
+        self.pooled_to_high = conv._low_pooled
         weight = conv.weight if conv.in_order is None else conv.weight[:, conv.in_order]
         bias, in_high, in_low = conv.bias, conv.in_high, conv.in_low
         rows = {"high": slice(0, conv.out_high), "low": slice(conv.out_high, None)}

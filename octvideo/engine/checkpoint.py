@@ -117,6 +117,12 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def averaged(state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict to predict with of what a checkpoint holds: the moving average where there is one."""
+    weights: dict[str, Any] = state.get("ema", state["model"])
+    return weights
+
+
 def load_weights(model: nn.Module, weights: dict[str, Any], source: Path, new_head: bool = False) -> None:
     """Put a state dict into the model. alpha may differ: octave and vanilla twins have the same names and shapes.
 

@@ -67,10 +67,12 @@ class _OctConv(_ConvNd):
         # What a stride does: pooling before the convolution, or the convolution's own step.
         self.pool_stride, one = pool_stride, (1,) * len(self.stride)
         self._pooled, self._step = (self.stride, one) if pool_stride else (one, self.stride)
+        # How low is pooled for L->H: where the stride makes low's resolution the high output's, it is read as it is.
+        self._low_pooled = tuple(max(s // p, 1) for s, p in zip(self._pooled, self.pool, strict=True))
         self._pads = self._resolve_padding()
+        self._reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         # Are maps padded by `_pads` zeros on either side, as `_convolution_gradients` takes it?
-        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        even = self.padding != "same" or [2 * pad for pad in self._pads] == reach
+        even = self.padding != "same" or [2 * pad for pad in self._pads] == self._reach
         self._even_zeros = even and self.padding_mode == "zeros"
         self._paths = paths_of(self)
         self._check()
@@ -90,13 +92,12 @@ class _OctConv(_ConvNd):
             )
         if not self.in_low and not self.out_low:
             return
-        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         for axis, factor in enumerate(self.pool):
-            if factor > 1 and 2 * self._pads[axis] != reach[axis]:
+            if factor > 1 and 2 * self._pads[axis] != self._reach[axis]:
                 raise ValueError(
                     f"{name}: kernel {self.kernel_size} with padding {self._pads} and dilation {self.dilation} "
                     f"changes the size in dimension {axis}, where low is half of high: the halves would not "
-                    f"fit; padding there must be dilation * (kernel - 1) / 2 = {reach[axis] / 2:g}"
+                    f"fit; padding there must be dilation * (kernel - 1) / 2 = {self._reach[axis] / 2:g}"
                 )
         splits = (self.in_high, self.in_low, self.out_high, self.out_low)
         if self.depthwise:

@@ -141,7 +141,7 @@ def _average_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
     for axes in ([a for a in doubled if a >= space], [a for a in doubled if a < space]):
         corners = [x]
         for axis in axes:
-            corners = [_every_second(corner, axis, place) for corner in corners for place in (0, 1)]
+            corners = [every(corner, axis, 2, place) for corner in corners for place in (0, 1)]
         if axes:
             x = corners[0] + corners[1]
             for corner in corners[2:]:
@@ -150,8 +150,9 @@ def _average_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
     return x
 
 
-def _every_second(x: Tensor, axis: int, first: int) -> Tensor:
-    return x[(slice(None),) * axis + (slice(first, None, 2),)]
+def every(x: Tensor, axis: int, step: int, first: int) -> Tensor:
+    """One value in each window of `step` along the axis, the one at `first`: a view."""
+    return x if step == 1 else x[(slice(None),) * axis + (slice(first, None, step),)]
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -177,7 +178,7 @@ def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
     for corner in itertools.product(*((0, 1) if double else (None,) for double in doubled)):
         part = y
         for axis, place in enumerate(corner, start=2):
-            part = part if place is None else _every_second(part, axis, place)
+            part = part if place is None else every(part, axis, 2, place)
         size = part.shape[2:]
         part += low[tuple(map(slice, (None, None, *size)))]
     return y

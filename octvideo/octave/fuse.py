@@ -25,7 +25,16 @@ from torch.nn.modules.conv import _ConvNd
 from octvideo.octave import kernels
 from octvideo.octave.attention import GlobalReasoning, NonLocal
 from octvideo.octave.conv import _OctConv
-from octvideo.octave.feature import Feature, Octave, average_pool, concatenate, global_average_pool, lift, upsample
+from octvideo.octave.feature import (
+    Feature,
+    Octave,
+    average_pool,
+    concatenate,
+    every,
+    global_average_pool,
+    lift,
+    upsample,
+)
 from octvideo.octave.layers import SqueezeExcite, _OctBatchNorm, _OctMaxPool
 
 MACS_PER_FLOAT = 20
@@ -125,7 +134,7 @@ class FusedOctConv(Inference):
         super().__init__()
         self.arrangement, self.activation = arrangement, activation
         self.in_low, self.splits = conv.in_low, (conv.out_high, conv.out_low)
-        self.pool, self.stride, self.low_stride = conv.pool, conv._pooled, _low_stride(conv)
+        self.pool, self.stride, self.low_stride = conv.pool, conv._pooled, conv._low_pooled
         self.pads, self.dilation = conv._pads, conv.dilation
         self.one = (1,) * len(conv.kernel_size)
         self.pool_high = pooling(conv, arrangement)
@@ -189,11 +198,6 @@ class FusedOctConv(Inference):
         return f"{self.arrangement}, {self.splits}"
 
 
-def _low_stride(conv: _OctConv) -> tuple[int, ...]:
-    """How low is pooled for high's sake: where the stride halves high too, low has its resolution already."""
-    return tuple(max(s // p, 1) for s, p in zip(conv._pooled, conv.pool, strict=True))
-
-
 def pooling(conv: _OctConv, arrangement: str) -> tuple[int, ...] | None:
     if any(s > 1 for s in conv._pooled):
         return conv._pooled
@@ -214,7 +218,7 @@ def arrangements(conv: _OctConv) -> list[str]:
     found = ["joint"] if not grows or pointwise else []
     if conv.in_low:
         found.append("apart")
-    if pointwise and conv.out_low and (not conv.in_low or _low_stride(conv) == conv._pooled):
+    if pointwise and conv.out_low and (not conv.in_low or conv._low_pooled == conv._pooled):
         found.append("late")
     return found
 
@@ -312,12 +316,8 @@ def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     # [N, C, H, W] -> the upper left, upper right, lower left and lower right value of each window
     corners = [x]
     for axis, k in enumerate(kernel, start=2):
-        corners = [_every(corner, axis, k, offset) for corner in corners for offset in range(k)]
+        corners = [every(corner, axis, k, offset) for corner in corners for offset in range(k)]
     return functools.reduce(torch.add, corners) * (1 / len(corners)) if len(corners) > 1 else x
-
-
-def _every(x: Tensor, axis: int, step: int, offset: int) -> Tensor:
-    return x if step == 1 else x[(slice(None),) * axis + (slice(offset, None, step),)]
 
 
 def _behind(x: Tensor, y: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ def paths_of(layer: _OctConv) -> list[Path]:
     both, highs, lows = slice(None), slice(0, layer.out_high), slice(layer.out_high, None)
     middle = layer.in_high // layer.groups
     high_columns, low_columns = (both, both) if layer.depthwise else (slice(0, middle), slice(middle, None))
-    # Where the stride makes the low input's resolution the high output's, L->H reads the un-pooled map.
-    to_high = tuple(max(s // p, 1) for s, p in zip(stride, pool, strict=True))
+    to_high = layer._low_pooled
     grow = tuple(p * t // s for p, t, s in zip(pool, to_high, stride, strict=True))
     biased = not layer.in_high or layer.depthwise  # the bias rides with what reads the high map
 
@@ -81,9 +80,9 @@ def follow_paths(
     """(y_high, y_low) of `layer`, None where it gives no such map. weight: columns high before low. size: of y_high."""
     followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (high, low, weight, bias))
     # A compiler takes the gradients of plain operators apart by itself, and fuses them.
-    plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or not layer._even_zeros
-    if plain or not followed:
-        trained = layer.training and torch.is_grad_enabled() and torch.compiler.is_compiling()
+    compiled = torch.compiler.is_compiling()
+    if compiled or torch.jit.is_tracing() or not layer._even_zeros or not followed:
+        trained = compiled and layer.training and torch.is_grad_enabled()
         return _forward(layer, size, high, low, weight, bias, _pooled_again if trained else average_pool)
     if torch.is_autocast_enabled(high.device.type):
         high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)

@@ -13,6 +13,7 @@ from octvideo.octave.fuse import FusedNetwork
 from tools import benchmark_model
 from tools.benchmark_model import InferenceStep, Subject, TrainingStep, Way
 
+from .filled import fill_norms
 from .test_benchmark import CFG, main
 
 IMAGES = str(Path(CFG).parents[1] / "stills/oct_resnet_tiny.yaml")
@@ -156,15 +157,7 @@ def subject(kind: str = "octvideo", *overrides: str) -> Subject:
 
 
 def test_steps_of_all_kinds_compute_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def filled(cfg: Any) -> nn.Module:
-        model = network(cfg)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                nn.init.uniform_(module.weight, 0.5, 1.0)
-        return model
-
-    network = build.network
-    monkeypatch.setattr(build, "network", filled)
+    fill_norms(monkeypatch)
     steps = [
         InferenceStep(subject(kind), way(fused=fused)) for kind, fused in (("octvideo", False), ("octvideo", True))
     ]

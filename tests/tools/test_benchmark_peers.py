@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fvcore.common.config import CfgNode
 from torch import nn
 
 from octvideo import build
 from octvideo.analysis.speed import BenchmarkError
 from tools import benchmark_peers
+
+from .filled import fill_norms
 
 KINETICS = Path(__file__).parents[2] / "configs/kinetics400"
 MISSING = [name for name in ("torchvision", "pytorchvideo") if importlib.util.find_spec(name) is None]
@@ -31,17 +32,8 @@ needs_pytorchvideo = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING}: pip i
 def test_logits_agree(config: str, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"{KINETICS}/{config}.yaml"
     size = ["DATA.NUM_FRAMES", str(frames), "DATA.TRAIN_CROP", "64", "MODEL.NUM_CLASSES", "5"]
-    cfg, network = build.load_config(path, size), build.network
-
-    def filled(cfg: CfgNode) -> nn.Module:
-        """Without the zero gammas of a fresh network, which hide its branches."""
-        model = network(cfg)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                nn.init.uniform_(module.weight, 0.5, 1.0)
-        return model
-
-    monkeypatch.setattr(build, "network", filled)
+    cfg = build.load_config(path, size)
+    fill_norms(monkeypatch)
     ours, theirs = build.network(cfg), benchmark_peers.network(cfg)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     strides = [step for m in theirs.modules() if isinstance(m, nn.Conv3d) for step in m.stride]
