@@ -350,7 +350,8 @@ def test_a_profile_of_steps(videos: Path, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "out/profile/rank_0.json.gz") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
     assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#5", "ProfilerStep#6"}
-    assert "aten::avg_pool2d" in (tmp_path / "out/profile/rank_0.txt").read_text()
+    assert "aten::avg_pool2d" in names  # the table has but the 30 operators that took longest on this machine
+    assert "aten::convolution_backward" in (tmp_path / "out/profile/rank_0.txt").read_text()
     assert sorted(p.name for p in (tmp_path / "out/profile").iterdir()) == ["rank_0.json.gz", "rank_0.txt"]
 
 
