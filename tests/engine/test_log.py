@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def test_going_on_from_a_step_forgets_what_a_dead_run_did_after_it(tmp_path: Pat
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')  # killed while it wrote
+    time.sleep(1)  # TensorBoard reads files in the order of their names: by second of start, then ".10" before ".9"
     log = Log(tmp_path, main=True, step=3)
     log.event("train", 4, {"loss": 40.0})
     log.close()
