@@ -59,7 +59,7 @@ from octvideo.models import (
     with_octave,
     with_pool_padding,
 )
-from octvideo.octave import octavize, synchronize_norms
+from octvideo.octave import octavize, synchronize_norms, use_onednn
 
 
 def _is_image_network(spec: Spec) -> bool:
@@ -237,6 +237,8 @@ def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
     Names of weights stay the same. Compiled at the first step, and again where the shape of a batch changes.
     """
     model.to(device).to(memory_format=memory_format(cfg))  # type: ignore[call-overload]
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        use_onednn(model)
     if cfg.MODEL.COMPILE:
         _check_compiler(device)
         model.compile()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from octvideo.octave.fuse import frames_as_channels
+from octvideo.octave.onednn import use_onednn
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -159,7 +160,10 @@ def _package(name: str, extra: str) -> Any:
 
 
 def _eager(model: nn.Module, clip: Tensor, threads: int, dtype: torch.dtype) -> Run:
-    return _in_torch(_channels_last(model, dtype), threads, dtype)
+    model = _channels_last(model, dtype)
+    if threads == 1:
+        use_onednn(model)
+    return _in_torch(model, threads, dtype)
 
 
 def _compile(model: nn.Module, clip: Tensor, threads: int, dtype: torch.dtype) -> Run:

@@ -55,3 +55,12 @@ def test_rand_augment_reaches_the_training_clips(tmp_path: Path) -> None:
     for config in (TINY, TINY.parents[1] / "stills/resnet_tiny.yaml"):
         samples = build.train_samples(build.load_config(config, changes), videos)
         assert (samples.augment_ops, samples.augment_magnitude, samples.augment_std) == (2, 7.0, 0.5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_on_one_thread_convolutions_go_by_onednn(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = build.load_config(TINY)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model = build.place(cfg, build.network(cfg), torch.device("cpu"))
+    dilation = model.get_submodule("stages.res2.0.conv1").dilation  # 3 x 1 x 1
+    assert dilation == ((1, 2, 2) if threads == 1 else (1, 1, 1))

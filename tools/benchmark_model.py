@@ -244,12 +244,16 @@ def _measure(subjects: Sequence[Subject], way: Way, rounds: int) -> list[Row]:
     return rows
 
 
+def _in_memory_format(subject: Subject, way: Way) -> nn.Module:
+    return subject.build().to(way.device).to(memory_format=build.memory_format(subject.cfg))  # type: ignore[call-overload]
+
+
 class InferenceStep:
     """Logits of a batch."""
 
     def __init__(self, subject: Subject, way: Way) -> None:
         self.way, self.clips = way, _clips(subject.cfg, way)
-        model = build.place(subject.cfg, subject.build(), way.device).eval()
+        model = _in_memory_format(subject, way).eval()
         if way.fused and subject.kind == "octvideo":
             model = fuse(model)
         if way.device.type == "cuda":
@@ -290,7 +294,12 @@ class TrainingStep:
 
     def __init__(self, subject: Subject, way: Way) -> None:
         cfg, self.way, self.clips = subject.cfg, way, _clips(subject.cfg, way)
-        self.model = build.place(cfg, subject.build(), way.device).train()
+        if subject.kind == PYTORCHVIDEO:  # as its users run it
+            self.model = _in_memory_format(subject, way).train()
+            if way.backend == "compile":
+                self.model.compile()
+        else:
+            self.model = build.place(cfg, subject.build(), way.device).train()
         self.optimizer = build.optimizer(cfg, self.model)
         self.labels = torch.arange(way.batch, device=way.device) % cfg.MODEL.NUM_CLASSES
         self.precision = build.precision(cfg, way.device)

@@ -25,6 +25,7 @@ from octvideo.octave.layers import (
     SqueezeExcite,
     synchronize_norms,
 )
+from octvideo.octave.onednn import use_onednn
 from octvideo.octave.paths import shared_pooling
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "split_channels",
     "synchronize_norms",
     "upsample",
+    "use_onednn",
 ]

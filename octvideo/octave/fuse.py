@@ -36,6 +36,7 @@ from octvideo.octave.feature import (
     upsample,
 )
 from octvideo.octave.layers import SqueezeExcite, _OctBatchNorm, _OctMaxPool
+from octvideo.octave.onednn import dilation_for_onednn
 
 MACS_PER_FLOAT = 20
 """Multiply-adds in the time in which a core moves one float of a large map: 100 G/s beside 20 GB/s. An estimate, which
@@ -337,6 +338,8 @@ def _convolve(
     groups: int = 1,
 ) -> Tensor:
     """F.conv2d or F.conv3d. In eager mode on one thread the latter goes by a slow path where the former does not."""
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.get_num_threads() == 1:
+        dilation = dilation_for_onednn(kernel.shape, stride, dilation)
     if x.dim() == 4:
         return F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
     if x.stride(1) == 1 and not torch.compiler.is_compiling():  # channels last: what follows are views

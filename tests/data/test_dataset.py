@@ -460,7 +460,7 @@ SOAK = ("h264, gop 12, B frames", "hevc, open gop", "vp9", "mpeg4", "h264, varia
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
 def test_a_worker_does_not_grow_with_the_videos_it_opens(clip_file: Callable[[str], str], tmp_path: Path) -> None:
-    assert soak([clip_file(name) for name in SOAK], tmp_path, opens=600) < 12
+    assert soak([clip_file(name) for name in SOAK], tmp_path, opens=300) < 12
 
 
 @pytest.mark.slow
