@@ -6,6 +6,7 @@ values and changes none.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -168,6 +169,48 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list
         _assign(cfg, key, _parse(text, cfg, key), problems)
     cfg.freeze()
     return cfg, problems
+
+
+def changes(saved: str, cfg: CfgNode, keys: Sequence[str] = ("",)) -> list[str]:
+    """What an earlier configuration, as text of CfgNode.dump, has otherwise: lines "KEY value (here value)".
+
+    keys: beginnings of those that are looked at. A key that it lacks, being older, has its default there. It may come from
+    anyone. Raises ConfigError where it is no configuration.
+    """
+    try:
+        tree = yaml.safe_load(saved)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError("a saved configuration", [f"not plain YAML: {' '.join(str(error).split())[:200]}"]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("a saved configuration", ["not a mapping of sections (MODEL:, DATA:, ...)"])
+    lines = []
+    here, default = dict(_flatten(cfg)), defaults()
+    for key in here:
+        if not key.startswith(tuple(keys)):
+            continue
+        there: Any = tree
+        for name in key.split("."):
+            there = there.get(name, _ABSENT) if isinstance(there, dict) else _ABSENT
+        there = _get(default, key) if there is _ABSENT else there
+        with contextlib.suppress(ValueError):
+            there = _coerce(there, here[key])
+        if _shown(there) != _shown(here[key]):
+            lines.append(f"{key} {_shown(there)} (here {_shown(here[key])})")
+    return lines
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    """On one line, whatever somebody's file holds."""
+    if isinstance(value, list | tuple):
+        simple = len(value) <= 32 and all(isinstance(v, bool | int | float | str) for v in value)
+        return f"[{', '.join(map(_shown, value))}]" if simple else "something else"
+    if isinstance(value, bool | int | float):
+        return str(value)
+    text = value if isinstance(value, str) else type(value).__name__
+    return ascii(text if len(text) <= 200 else f"{text[:200]}...")
 
 
 def check(

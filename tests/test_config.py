@@ -146,7 +146,7 @@ def test_every_config_of_the_project_loads_and_is_short(path: Path) -> None:
 def test_every_key_is_read_and_every_key_read_exists() -> None:
     keys = {key for key, _ in config._flatten(config.defaults())}
     read = set()
-    for path in [ROOT / "octvideo" / "build.py", *sorted((ROOT / "tools").glob("*.py"))]:
+    for path in [ROOT / "octvideo/build.py", ROOT / "octvideo/jobs.py", *sorted((ROOT / "tools").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 text = ast.unparse(node)
@@ -159,3 +159,41 @@ def test_every_key_is_read_and_every_key_read_exists() -> None:
 def test_norms_that_read_no_batch_share_no_statistics(tmp_path: Path) -> None:
     (problem,) = problems_of(write(tmp_path, GOOD), "TRAIN.SYNC_NORM", "True", "TRAIN.FREEZE_NORM_STATS", "True")
     assert problem == "TRAIN.SYNC_NORM is True; allowed: False with TRAIN.FREEZE_NORM_STATS, whose norms read no batch"
+
+
+def test_what_an_earlier_configuration_has_otherwise(tmp_path: Path) -> None:
+    cfg = build.load_config(write(tmp_path, GOOD), ["OCTAVE.ALPHA", "0.25", "DATA.MEAN", "[0.5, 0.5, 0.5]"])
+    assert config.changes(cfg.dump(), cfg) == []
+    saved = build.load_config(write(tmp_path, GOOD), ["MODEL.NAME", "c2d_r50", "SEED", "3"]).dump()
+    alpha, mean = "OCTAVE.ALPHA 0.0 (here 0.25)", "DATA.MEAN [0.45, 0.45, 0.45] (here [0.5, 0.5, 0.5])"
+    seed, name = "SEED 3 (here 0)", f"MODEL.NAME 'c2d_r50' (here '{cfg.MODEL.NAME}')"
+    assert sorted(config.changes(saved, cfg)) == sorted([alpha, mean, seed, name])
+    assert config.changes(saved, cfg, ("OCTAVE.", "SEED")) == [seed, alpha]
+    assert config.changes("OCTAVE: {GONE: 1, ALPHA: 2.5e-1}", cfg, ("OCTAVE.",)) == []  # older: the default, .5 as text
+
+
+@pytest.mark.parametrize(
+    ("saved", "shown"),
+    [
+        ('OCTAVE: {ALPHA: "\\e[2J"}', "OCTAVE.ALPHA '\\x1b[2J' (here 0.0)"),
+        ("OCTAVE: {ALPHA: " + "9" * 300 + "x}", f"OCTAVE.ALPHA '{'9' * 200}...' (here 0.0)"),
+        ("OCTAVE: {ALPHA: [[1], 2]}", "OCTAVE.ALPHA something else (here 0.0)"),
+        ("OCTAVE: {ALPHA: {A: 1}}", "OCTAVE.ALPHA 'dict' (here 0.0)"),
+        ("OCTAVE: {ALPHA: }", "OCTAVE.ALPHA 'NoneType' (here 0.0)"),
+    ],
+)
+def test_values_of_a_strange_file_fit_on_a_line(saved: str, shown: str) -> None:
+    assert config.changes(saved, config.defaults(), ("OCTAVE.ALPHA",)) == [shown]
+
+
+def test_a_file_that_grows_when_read_is_not_followed() -> None:
+    bomb = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    bomb += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+    (line,) = config.changes("\n".join([*bomb, "OCTAVE: {ALPHA: *a29}"]), config.defaults(), ("OCTAVE.ALPHA",))
+    assert line == "OCTAVE.ALPHA something else (here 0.0)"
+
+
+@pytest.mark.parametrize("saved", ["[1, 2", "- 1", "", "!!python/object:os.system {}", "[" * 5000])
+def test_what_is_no_configuration_is_an_error(saved: str) -> None:
+    with pytest.raises(ConfigError, match="a saved configuration: 1 problem"):
+        config.changes(saved, config.defaults())

@@ -33,7 +33,7 @@ from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
-from octvideo import build
+from octvideo import build, jobs
 from octvideo.analysis.complexity import Complexity
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.frequency import ALL, LOW, LOW_OWN_GRID, VANILLA, LayerError, Spectra, picture, spectra
@@ -179,6 +179,8 @@ def _spectra(cfg: CfgNode, path: Path, videos: VideoList, layers: Sequence[str] 
         build.use_threads(cfg, World())
     model, state = build.network(cfg), checkpoint.load(path)
     checkpoint.load_weights(model, checkpoint.averaged(state), path)
+    if remark := jobs.trained_otherwise(cfg, state, path):
+        print(remark, file=sys.stderr)
     build.place(cfg, model, device).eval()
     samples, prepare = build.eval_samples(cfg, videos, 1, 1), build.prepare_clips(cfg)
     order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(cfg.SEED)).tolist()

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from octvideo import build, launch
+from octvideo import build, jobs, launch
 from octvideo.analysis.report import WorstVideo, report_html, spread, thumbnail
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
@@ -77,7 +77,7 @@ def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
     def job(world: World, device: torch.device) -> Results | None:
         if device.type == "cpu":
             build.use_threads(cfg, world)
-        return build.test(cfg, world, device, average=options.average)
+        return jobs.test(cfg, world, device, average=options.average)
 
     return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR)
 

@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import octvideo
-from octvideo import build, deploy
+from octvideo import build, deploy, jobs
 from octvideo.config import ConfigError
 from octvideo.deploy import BackendError, ExportError
 from octvideo.engine import checkpoint
@@ -54,8 +54,10 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> tuple[nn.Module, dict
     if not cfg.TEST.CHECKPOINT and not checkpoint.found(folder):
         remedy = "train first or give --checkpoint FILE; --random-weights goes on without any"
         raise CheckpointError(f"{folder}: no checkpoint to export; {remedy}")
-    path, state = build.weights_to_test(cfg, folder)
+    path, state = jobs.weights_to_test(cfg, folder)
     checkpoint.load_weights(model, checkpoint.averaged(state), path)
+    if remark := jobs.trained_otherwise(cfg, state, path):
+        print(remark, file=sys.stderr)
     average = ", moving average" if "ema" in state else ""
     weights = f"{path} (epoch {state.get('epoch')}, step {state.get('step')}{average})"
     return model, facts(cfg, weights, class_names(cfg, state, path))

@@ -29,7 +29,7 @@ from PIL import Image
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from octvideo import build, config
+from octvideo import build, config, jobs
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.overlay import Font, choose_font, draw_panel, heat_over, lacking, legible
 from octvideo.analysis.saliency import grad_cam
@@ -145,10 +145,12 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> Network:
         if not cfg.TEST.CHECKPOINT and not checkpoint.found(folder):
             remedy = "train first or give --checkpoint FILE; --random-weights goes on without any"
             raise CheckpointError(f"{folder}: no checkpoint to predict with; {remedy}")
-        path, state = build.weights_to_test(cfg, folder)
+        path, state = jobs.weights_to_test(cfg, folder)
         own = checkpoint.averaged(state)
         _check_classes(cfg, own, path)
         checkpoint.load_weights(model, own, path)
+        if remark := jobs.trained_otherwise(cfg, state, path):
+            print(remark, file=sys.stderr)
         weights = {"checkpoint": str(path), "random_weights": False, "moving_average": "ema" in state}
         weights |= {"step": state.get("step"), "epoch": state.get("epoch")}
     return Network(cfg, build.place(cfg, model, device).eval(), device, class_names(cfg, state), weights)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from octvideo import build, launch
+from octvideo import build, jobs, launch
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
 from octvideo.data.decode import DecodeError, MissingDecoderError
@@ -60,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if device.type == "cpu":
                 build.use_threads(cfg, world)
             if cfg.TRAIN.ENABLE:
-                build.train(cfg, world, device)
+                jobs.train(cfg, world, device)
             if cfg.TEST.ENABLE:
-                build.test(cfg, world, device)
+                jobs.test(cfg, world, device)
 
         launch.run(job, cfg.DEVICE)
     except MISTAKES as error:

@@ -115,6 +115,20 @@ def test_an_image_network_in_onnx_runtime(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_weights_of_another_alpha_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = build.load_config(VIDEO, [*SMALL, "OCTAVE.ALPHA", "0.5"])
+    path = trained(tmp_path / "run", VIDEO, config=cfg.dump())
+    words = ["--cfg", VIDEO, "--checkpoint", str(path), "--out", str(tmp_path / "net.pt2"), *SMALL]
+    assert export.main([*words, *VANILLA]) == 0
+    assert capsys.readouterr().err == f"{path}: its weights were made with OCTAVE.ALPHA 0.5 (here 0.0)\n"
+    assert export.main([*words, "OCTAVE.ALPHA", "0.5"]) == 0
+    assert capsys.readouterr().err == ""
+    path = trained(tmp_path / "run", VIDEO, config=["?"])
+    assert export.main(words) == 0
+    said = f"{path}: its weights were made with a configuration that cannot be read (not a mapping of sections"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_what_does_not_agree_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "net.pt2"
     out.write_text("of before")

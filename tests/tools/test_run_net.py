@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from octvideo import build
+from octvideo import build, jobs
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine import checkpoint
 from octvideo.engine.metrics import topk_correct
@@ -130,7 +130,7 @@ def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
     tmp_path.joinpath("run").mkdir()
     shutil.copy(out / "checkpoint_00000002.pt", tmp_path / "run")
     said = run(arguments(videos, tmp_path / "run", "TRAIN.RESUME", "auto", "TEST.ENABLE", "False"))[0]
-    assert "going on after epoch 1 (step 2)" in said
+    assert "going on after epoch 1 (step 2)" in said and "left by a run" not in said
     expected = weights(out)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
 
@@ -138,14 +138,14 @@ def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
 def test_a_signal_in_a_validation_stops_it_and_it_comes_again(
     videos: Path, trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, out = build.evaluate, tmp_path / "run"
+    evaluate, out = jobs.evaluate, tmp_path / "run"
 
     def signalled(*given, **named):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "evaluate", signalled)
+        patch.setattr(jobs, "evaluate", signalled)
         said, error = run(arguments(videos, out, "TEST.ENABLE", "False"), status=128 + signal.SIGTERM)
     assert "stopped by SIGTERM at step 2; saved there" in error and "val top-1" not in said
     assert not events(out, "val") and checkpoint.latest(out)[1]["step_in_epoch"] == 2
@@ -171,6 +171,14 @@ def test_precise_statistics_are_those_of_the_training_clips_at_the_weights_of_no
     read = model.stem.conv(clips).double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(state["stem.bn.running_mean"].double(), read.mean(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(state["stem.bn.running_var"].double(), read.var(1), rtol=1e-4, atol=1e-6)
+
+
+def test_settings_that_change_on_the_way_are_said(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copy(trained[0] / "checkpoint_00000002.pt", tmp_path)
+    changed = ["TRAIN.RESUME", "auto", "TEST.ENABLE", "False", "SOLVER.BASE_LR", "0.05", "OCTAVE.ALPHA", "0.5"]
+    said = run(arguments(videos, tmp_path, *changed))[0]
+    expected = "OCTAVE.ALPHA 0.25 (here 0.5); SOLVER.BASE_LR 0.1 (here 0.05)"
+    assert f"checkpoint_00000002.pt was left by a run with {expected}\n" in said
 
 
 def test_going_back_in_a_folder_with_later_checkpoints_is_refused(videos: Path, trained: tuple[Path, str]) -> None:
@@ -199,7 +207,9 @@ def test_vanilla_tests_the_octave_checkpoint_since_the_state_dict_is_the_same(
     videos: Path, trained: tuple[Path, str], tmp_path: Path
 ) -> None:
     newest = checkpoint.found(trained[0])[-1]
-    run(arguments(videos, tmp_path, "TRAIN.ENABLE", "False", "TEST.CHECKPOINT", str(newest), "OCTAVE.ALPHA", "0"))
+    only_test = ["TRAIN.ENABLE", "False", "TEST.CHECKPOINT", str(newest)]
+    remark = run(arguments(videos, tmp_path, *only_test, "OCTAVE.ALPHA", "0"))[1]
+    assert f"{newest}: its weights were made with OCTAVE.ALPHA 0.25 (here 0.0)\n" in remark
     test = json.loads((tmp_path / "test.json").read_text())
     assert test["macs"] > json.loads((trained[0] / "test.json").read_text())["macs"]
 
