@@ -95,7 +95,7 @@ class _Run:
             "nonfinite_steps": self.nonfinite.skipped,
             "ranks": ranks,
             "config": cfg.dump(),
-            "versions": {"octvideo": octvideo.__version__, "torch": str(torch.__version__)},
+            "versions": _versions(),
         }
         checkpoint.save(Path(cfg.OUTPUT_DIR), self.progress.step, state, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
 
@@ -371,12 +371,18 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> tuple[dict[
     return None, ""
 
 
+def _versions() -> dict[str, str]:
+    return {"octvideo": octvideo.__version__, "torch": str(torch.__version__)}
+
+
 # What a run may change at every start without being another one.
 _OF_ONE_START = ("OUTPUT_DIR", "TRAIN.RESUME", "TRAIN.INIT", "TRAIN.NEW_HEAD", "TEST.")
 
 
 def _changed_since(cfg: CfgNode, state: dict[str, Any], path: Path) -> str:
     changed = [line for line in _changes(cfg, state, ("",)) if not line.startswith(_OF_ONE_START)]
+    saved = state["versions"]
+    changed += [f"{name} {saved[name]!a} (here {here})" for name, here in _versions().items() if saved[name] != here]
     return f"{path.name} was left by a run with {'; '.join(changed)}" if changed else ""
 
 

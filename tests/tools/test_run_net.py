@@ -174,10 +174,12 @@ def test_precise_statistics_are_those_of_the_training_clips_at_the_weights_of_no
 
 
 def test_settings_that_change_on_the_way_are_said(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
-    shutil.copy(trained[0] / "checkpoint_00000002.pt", tmp_path)
+    state = checkpoint.load(trained[0] / "checkpoint_00000002.pt")
+    state["versions"]["torch"] = "1.0"
+    torch.save(state, tmp_path / "checkpoint_00000002.pt")
     changed = ["TRAIN.RESUME", "auto", "TEST.ENABLE", "False", "SOLVER.BASE_LR", "0.05", "OCTAVE.ALPHA", "0.5"]
     said = run(arguments(videos, tmp_path, *changed))[0]
-    expected = "OCTAVE.ALPHA 0.25 (here 0.5); SOLVER.BASE_LR 0.1 (here 0.05)"
+    expected = f"OCTAVE.ALPHA 0.25 (here 0.5); SOLVER.BASE_LR 0.1 (here 0.05); torch '1.0' (here {torch.__version__})"
     assert f"checkpoint_00000002.pt was left by a run with {expected}\n" in said
 
 
