@@ -237,9 +237,7 @@ def test(cfg: CfgNode, world: World, device: torch.device, *, average: str = "so
     of_data = build.class_names(cfg, videos.source)
     check_class_order(classes, of_data, str(path))
     model = build.network(cfg)
-    checkpoint.load_weights(model, checkpoint.averaged(state), path)
-    if world.main and (remark := trained_otherwise(cfg, state, path)):
-        print(remark, file=sys.stderr)
+    load_trained(cfg, model, state, path, say=world.main)
     result = evaluate(
         build.place(cfg, model, device),
         build.eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS),
@@ -347,6 +345,10 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> tuple[dict[
     if resume not in ("none", "auto"):
         path = Path(resume)
         state = checkpoint.load(path)
+        if "optimizer" not in state:
+            raise CheckpointError(
+                f"{path}: holds weights, not a run to go on with; start from them with TRAIN.INIT {path}"
+            )
         checkpoint.load_weights(model, state["model"], path)
         later = [p.name for p in checkpoint.found(folder) if checkpoint.step_of(p) > state["step"]]
         if later:
@@ -367,7 +369,7 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> tuple[dict[
         path = Path(cfg.TRAIN.INIT)
         state = checkpoint.load(path)
         checkpoint.load_weights(model, state["model"], path, new_head=cfg.TRAIN.NEW_HEAD)
-        return None, trained_otherwise(cfg, state, path)
+        return None, _trained_otherwise(cfg, state, path)
     return None, ""
 
 
@@ -393,7 +395,17 @@ _OF_THE_WEIGHTS = (
 )
 
 
-def trained_otherwise(cfg: CfgNode, state: dict[str, Any], path: Path) -> str:
+def load_trained(cfg: CfgNode, model: nn.Module, state: dict[str, Any], path: Path, *, say: bool = True) -> None:
+    """Put the weights to predict with, of the checkpoint `state` from `path`, into the model.
+
+    say: a line on standard error where they were made with other settings.
+    """
+    checkpoint.load_weights(model, checkpoint.averaged(state), path)
+    if say and (remark := _trained_otherwise(cfg, state, path)):
+        print(remark, file=sys.stderr)
+
+
+def _trained_otherwise(cfg: CfgNode, state: dict[str, Any], path: Path) -> str:
     """A line on what the weights of a checkpoint were trained with and this configuration has otherwise; "" for nothing.
 
     An octave network has the state dict of its vanilla twin: a wrong alpha loads like the right one.

@@ -1,5 +1,6 @@
 """What the documents tell a reader to type works: code blocks run, commands name files and flags that exist."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -30,18 +31,44 @@ def commands() -> list[tuple[str, str, str]]:
     return found
 
 
+def subcommand(rest: str) -> tuple[str, ...]:
+    words = shlex.split(rest)
+    return tuple(words[:1]) if words and words[0].isalpha() and words[0].islower() else ()
+
+
+# One process that runs each as a script, so that torch is imported once.
+HELPS = """
+import contextlib, io, json, os, runpy, sys
+
+for script, *command in json.load(sys.stdin):
+    sys.argv, sys.path[0] = [script, *command, "--help"], os.path.abspath(os.path.dirname(script))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            status = runpy.run_path(script, run_name="__main__") and "no exit"
+        except SystemExit as end:
+            status = end.code or 0
+    print(json.dumps([[script, *command], status, said.getvalue()]))
+"""
+
+
 @cache
-def help_of(script: str, *command: str) -> str:
-    done = subprocess.run([sys.executable, script, *command, "--help"], capture_output=True, text=True, cwd=ROOT)
+def helps() -> dict[tuple[str, ...], str]:
+    asked = sorted({(script, *subcommand(rest)) for _, script, rest in commands()})
+    run = [sys.executable, "-c", HELPS]
+    done = subprocess.run(run, input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    found = {}
+    for line in done.stdout.splitlines():
+        name, status, text = json.loads(line)
+        assert status == 0, f"{name}: {text}"
+        found[tuple(name)] = text
+    return found
 
 
 @pytest.mark.parametrize("document,script,rest", commands())
 def test_commands_name_scripts_flags_and_configs_that_exist(document: str, script: str, rest: str) -> None:
-    words = shlex.split(rest)
-    subcommand = words[:1] if words and words[0].isalpha() and words[0].islower() else []
-    text = help_of(script, *subcommand)
+    words, text = shlex.split(rest), helps()[(script, *subcommand(rest))]
     for word in words:
         if word.startswith("--"):
             assert word in text, f"{document}: {script} {rest}: no flag {word}"

@@ -178,9 +178,7 @@ def _spectra(cfg: CfgNode, path: Path, videos: VideoList, layers: Sequence[str] 
     if device.type == "cpu":
         build.use_threads(cfg, World())
     model, state = build.network(cfg), checkpoint.load(path)
-    checkpoint.load_weights(model, checkpoint.averaged(state), path)
-    if remark := jobs.trained_otherwise(cfg, state, path):
-        print(remark, file=sys.stderr)
+    jobs.load_trained(cfg, model, state, path)
     build.place(cfg, model, device).eval()
     samples, prepare = build.eval_samples(cfg, videos, 1, 1), build.prepare_clips(cfg)
     order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(cfg.SEED)).tolist()

@@ -55,9 +55,7 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> tuple[nn.Module, dict
         remedy = "train first or give --checkpoint FILE; --random-weights goes on without any"
         raise CheckpointError(f"{folder}: no checkpoint to export; {remedy}")
     path, state = jobs.weights_to_test(cfg, folder)
-    checkpoint.load_weights(model, checkpoint.averaged(state), path)
-    if remark := jobs.trained_otherwise(cfg, state, path):
-        print(remark, file=sys.stderr)
+    jobs.load_trained(cfg, model, state, path)
     average = ", moving average" if "ema" in state else ""
     weights = f"{path} (epoch {state.get('epoch')}, step {state.get('step')}{average})"
     return model, facts(cfg, weights, class_names(cfg, state, path))

@@ -146,11 +146,8 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> Network:
             remedy = "train first or give --checkpoint FILE; --random-weights goes on without any"
             raise CheckpointError(f"{folder}: no checkpoint to predict with; {remedy}")
         path, state = jobs.weights_to_test(cfg, folder)
-        own = checkpoint.averaged(state)
-        _check_classes(cfg, own, path)
-        checkpoint.load_weights(model, own, path)
-        if remark := jobs.trained_otherwise(cfg, state, path):
-            print(remark, file=sys.stderr)
+        _check_classes(cfg, checkpoint.averaged(state), path)
+        jobs.load_trained(cfg, model, state, path)
         weights = {"checkpoint": str(path), "random_weights": False, "moving_average": "ema" in state}
         weights |= {"step": state.get("step"), "epoch": state.get("epoch")}
     return Network(cfg, build.place(cfg, model, device).eval(), device, class_names(cfg, state), weights)

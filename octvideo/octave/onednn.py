@@ -18,9 +18,9 @@ FEWEST = 2048  # weights of a 1x1 kernel below which oneDNN's call costs more th
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Have the convolutions of one spatial position, octave or not, dilated there, in place: it changes no result.
+    """Have the convolutions of one spatial position, octave or not, dilated there, in place.
 
-    Results are those of several threads; they differ from the one-thread kernel's by rounding alone.
+    Names, weights and what is computed stay. Outputs are those of several threads, which differ by rounding.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):

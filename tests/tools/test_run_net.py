@@ -190,6 +190,13 @@ def test_going_back_in_a_folder_with_later_checkpoints_is_refused(videos: Path, 
     assert len(checkpoint.found(trained[0])) == 2
 
 
+def test_weights_alone_are_no_run_to_go_on_with(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+    checkpoint.save_weights(tmp_path / "inflated.pt", weights(trained[0]))
+    error = run(arguments(videos, tmp_path / "out", "TRAIN.RESUME", str(tmp_path / "inflated.pt")), status=1)[1]
+    assert f"inflated.pt: holds weights, not a run to go on with; start from them with TRAIN.INIT {tmp_path}" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_checkpoints_is_not_overwritten(videos: Path, trained: tuple[Path, str]) -> None:
     before = sorted(p.stat().st_mtime_ns for p in trained[0].glob("*.pt"))
     error = run(arguments(videos, trained[0]), status=1)[1]
