@@ -43,7 +43,7 @@ def overrides(data: Path, out: Path, *more: str) -> list[str]:
         "DEVICE",
         "cpu",
         "TRAIN.EPOCHS",
-        "16",
+        "12",
         "TRAIN.VAL_PERIOD",
         "0",
     ]
