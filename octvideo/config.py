@@ -188,18 +188,15 @@ def changes(saved: str, cfg: CfgNode, keys: Sequence[str] = ("",)) -> list[str]:
     for key in here:
         if not key.startswith(tuple(keys)):
             continue
-        there: Any = tree
-        for name in key.split("."):
-            there = there.get(name, _ABSENT) if isinstance(there, dict) else _ABSENT
-        there = _get(default, key) if there is _ABSENT else there
+        try:
+            there = _get(tree, key)
+        except (KeyError, TypeError):  # no such key, or no section where one should be
+            there = _get(default, key)
         with contextlib.suppress(ValueError):
             there = _coerce(there, here[key])
         if _shown(there) != _shown(here[key]):
             lines.append(f"{key} {_shown(there)} (here {_shown(here[key])})")
     return lines
-
-
-_ABSENT = object()
 
 
 def _shown(value: Any) -> str:
@@ -411,13 +408,13 @@ def _coerce(value: Any, default: Any) -> Any:
     return value
 
 
-def _parent(cfg: CfgNode, key: str) -> tuple[CfgNode, str]:
+def _parent(cfg: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     *sections, name = key.split(".")
     for section in sections:
         cfg = cfg[section]
     return cfg, name
 
 
-def _get(cfg: CfgNode, key: str) -> Any:
+def _get(cfg: dict[str, Any], key: str) -> Any:
     section, name = _parent(cfg, key)
     return section[name]

@@ -337,12 +337,13 @@ def _convolve(
     dilation: tuple[int, ...],
     groups: int = 1,
 ) -> Tensor:
-    """F.conv2d or F.conv3d. In eager mode on one thread the latter goes by a slow path where the former does not."""
-    if not torch.compiler.is_compiling() and x.device.type == "cpu" and torch.get_num_threads() == 1:
+    """F.conv2d or F.conv3d, in eager mode by the paths of torch's that are fast (onednn.py; 2D where 3D is slow)."""
+    eager = not torch.compiler.is_compiling()
+    if eager and x.device.type == "cpu" and torch.get_num_threads() == 1:
         dilation = dilation_for_onednn(kernel.shape, stride, dilation)
     if x.dim() == 4:
         return F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
-    if x.stride(1) == 1 and not torch.compiler.is_compiling():  # channels last: what follows are views
+    if eager and x.stride(1) == 1:  # channels last: what follows are views
         if kernel.shape[2] == 1 and stride[0] == 1 and padding[0] == 0:
             # [N, C, T, H, W] -> [N*T, C, H, W]
             frames = x.transpose(1, 2).flatten(0, 1)
