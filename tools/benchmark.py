@@ -19,22 +19,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from octvideo import deploy
-from octvideo.analysis.speed import BenchmarkError
+from octvideo.benchmark.data import benchmark_data, write_sources
+from octvideo.benchmark.model import DTYPES, benchmark_model
+from octvideo.benchmark.speed import BenchmarkError
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import DistributedError
-
-if TYPE_CHECKING or __package__:
-    from tools.benchmark_data import benchmark_data, write_sources
-    from tools.benchmark_model import DTYPES, benchmark_model
-else:  # run as a script, which has this folder on its path
-    from benchmark_data import benchmark_data, write_sources
-    from benchmark_model import DTYPES, benchmark_model
 
 
 def _decoders(text: str) -> list[str]:

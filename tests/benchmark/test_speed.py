@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from octvideo.analysis import speed
-from octvideo.analysis.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
+from octvideo.benchmark import speed
+from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not speed.CLEAR_REFS.exists(), reason="peaks are read from Linux's /proc")

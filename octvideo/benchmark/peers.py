@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from octvideo import build
-from octvideo.analysis.speed import BenchmarkError
+from octvideo.benchmark.speed import BenchmarkError
 from octvideo.models import ResNetSpec, SlowFastSpec, feature_sizes
 from octvideo.weights.names import from_octvideo
 
