@@ -67,7 +67,7 @@ def test_no_peak_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert peak_memory(partial(partial, torch.ones, 1), CPU) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.cuda
 def test_the_peak_on_a_gpu_is_what_is_allocated() -> None:
     growth = peak_memory(lambda: partial(torch.ones, 2**24, device="cuda"), torch.device("cuda"))
     assert growth == 2**26
