@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import octvideo
 from octvideo import build
+from octvideo.benchmark import peers
 from octvideo.benchmark.model import PYTORCHVIDEO, Subject
 from octvideo.benchmark.speed import BenchmarkError
 from octvideo.engine.train import train_step
@@ -134,24 +135,30 @@ def measure_part(name: str, emit: Emit, toy: bool) -> None:
         torch.set_num_threads(1)
     else:
         torch.backends.cudnn.benchmark = True
-    _allow_many_networks()
-    failed = []
-    for entries in PLANS[name]:
-        runs: dict[str, _Run] = {}
-        for entry in entries:
-            if toy and not _is_in_toy(entry):
-                continue
-            before = _compiled_graphs()
-            try:
-                record = _measure(entry, size, runs)
-            except Exception as error:  # noqa: BLE001 (one network's failure, such as out of memory, is its result)
-                record = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
-                failed.append(f"{entry.label}: {record['error']}")
-            graphs = {name: count - before[name] for name, count in _compiled_graphs().items()}
-            emit({"label": entry.label, **vars(entry), "batch": size.batch, **graphs, **record})
-            print(_line(entry, record), flush=True)
+    with _many_networks():
+        failed = [error for entries in PLANS[name] for error in _measure_all(entries, size, emit, toy)]
     if failed:
         raise BenchmarkError(f"{len(failed)} of the networks failed: {'; '.join(failed)}")
+
+
+def _measure_all(entries: Sequence[Entry], size: Size, emit: Emit, toy: bool) -> Iterator[str]:
+    """Measure and emit one list of a plan; yield the errors."""
+    runs: dict[str, _Run] = {}
+    for entry in entries:
+        if toy and not _is_in_toy(entry):
+            continue
+        if entry.kind == PYTORCHVIDEO and not peers.is_installed(*peers.PYTORCHVIDEO_NEEDS):
+            print(f"{entry.label}: not measured, {' and '.join(peers.PYTORCHVIDEO_NEEDS)} are not installed")
+            continue
+        before = _compiled_graphs()
+        try:
+            record = _measure(entry, size, runs)
+        except Exception as error:  # noqa: BLE001 (one network's failure, such as out of memory, is its result)
+            record = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
+            yield f"{entry.label}: {record['error']}"
+        graphs = {name: count - before[name] for name, count in _compiled_graphs().items()}
+        emit({"label": entry.label, **vars(entry), "batch": size.batch, **graphs, **record})
+        print(_line(entry, record), flush=True)
 
 
 def _is_in_toy(entry: Entry) -> bool:
@@ -159,14 +166,14 @@ def _is_in_toy(entry: Entry) -> bool:
     return entry.kind != PYTORCHVIDEO and entry.backend != "graphs" and entry.alpha in (0.0, 0.25)
 
 
-def _allow_many_networks() -> None:
-    """Raise the number of networks that dynamo compiles in one process, and make an exceeded limit an error.
+def _many_networks() -> contextlib.AbstractContextManager[object]:
+    """Raise the number of compilations of the same Python code in one process, and make an exceeded limit an error.
 
-    By default dynamo silently runs a network in eager mode after 8 compilations of the same Python code.
+    By default dynamo runs what it would have to compile a ninth time in eager mode, with a warning only.
     """
-    for name, value in (("recompile_limit", 256), ("cache_size_limit", 256), ("fail_on_recompile_limit_hit", True)):
-        if hasattr(dynamo_config, name):  # the name of the limit depends on torch's version
-            setattr(dynamo_config, name, value)
+    limits = {"recompile_limit": 256, "cache_size_limit": 256, "fail_on_recompile_limit_hit": True}
+    known = {name: value for name, value in limits.items() if hasattr(dynamo_config, name)}  # by torch's version
+    return dynamo_config.patch(known)
 
 
 def _compiled_graphs() -> dict[str, int]:
@@ -211,7 +218,7 @@ def _measure(entry: Entry, size: Size, runs: dict[str, _Run]) -> dict[str, Any]:
 
 
 def network_config(size: Size, alpha: float, backend: str = "eager") -> CfgNode:
-    """The configuration of a network of the suite. alpha 0 is the vanilla network."""
+    """Return the configuration of a network of the suite. alpha 0 is the vanilla network."""
     octave = ["OCTAVE.ALPHA", f"{alpha:g}", "OCTAVE.ROUND_TO", "8"]
     run = ["TRAIN.DTYPE", size.dtype, "MODEL.CHANNELS_LAST", "True", "MODEL.COMPILE", COMPILE[backend]]
     return build.load_config(ROOT / size.config, [*octave, *run, *size.overrides])
@@ -275,7 +282,7 @@ class _Run:
             return _timed(self.step, self.steps, self.device)
 
     def peak_memory(self) -> int | None:
-        """Bytes that a step allocates above weights and momenta. None on a CPU, and for graphs, which own a pool."""
+        """Return a step's peak in bytes above weights and momenta. None on a CPU, and for graphs, which own a pool."""
         if self.device.type != "cuda" or self.entry.backend == "graphs":
             return None
         if self.optimizer:
@@ -289,7 +296,7 @@ class _Run:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def counts(self) -> dict[str, int | None]:
-        """Of one step: kernels on the device, calls that launch them, and operator calls on the host (nested ones too)."""
+        """Count one step's kernels on the device, the calls that launch them, and the host's (nested) operator calls."""
         on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         with self._context(), profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
             self.step()
@@ -307,7 +314,7 @@ class _Run:
         }
 
     def syncs(self, steps: int = 5) -> float | None:
-        """Calls per step that make the host wait for the device, as torch reports them. None on a CPU."""
+        """Return the calls per step that make the host wait for the device, as torch reports them. None on a CPU."""
         if self.device.type != "cuda":
             return None
         _synchronize(self.device)

@@ -26,13 +26,15 @@ import torch
 
 import octvideo
 from octvideo.benchmark import gpu_networks
+from octvideo.benchmark.gpu_limit import emit_limits
 from octvideo.benchmark.speed import BenchmarkError
 
 ROOT = Path(octvideo.__file__).resolve().parents[1]
 CARD = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "memory.used")
 """Fields of nvidia-smi: of the card, and of its state beside the figures of each part."""
-MARKED = re.compile(r"pytest\.mark\.cuda|\bDEVICES\b")
+MARKED = re.compile(r"mark\.cuda\b|from tests\.devices import")
+"""What a file with tests for CUDA contains."""
 OUTCOMES = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
 TEST_LINE = re.compile(rf"(?:\[gw\d+\] \[ *\d+%\] )?(?:({OUTCOMES}) )?(tests/\S+?\.py::.+?)(?: ({OUTCOMES})(?: .*)?)?$")
 MOTION_NETWORKS = ("i3d_tiny", "oct_i3d_tiny")
@@ -184,6 +186,7 @@ def _motion_result(out: Path) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Emit, bool], None]] = {
     "machine": machine,
     "tests": tests,
+    "limit": emit_limits,
     "motion": motion,
     **{name: partial(gpu_networks.measure_part, name) for name in gpu_networks.PLANS},
 }
@@ -194,12 +197,12 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("records", type=Path)
     parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     emit = partial(_append, options.records)
     emit({"conditions": {"when": "start", **conditions(options.toy)}})
     try:

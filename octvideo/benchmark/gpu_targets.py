@@ -40,8 +40,8 @@ class Target:
 def networks_of(report: Record, *, slowfast: bool = False) -> list[Record]:
     """Return the records of networks that were measured, of I3D-R50 or of SlowFast."""
     parts = [part for part in report["parts"] if (part["name"] == "slowfast") == slowfast]
-    records = [record for part in parts for record in part["records"] if "backend" in record]
-    return [record for record in records if "seconds" in record]
+    records = [record for part in parts for record in part["records"] if "label" in record]
+    return [record for record in records if "error" not in record]
 
 
 def part_of(report: Record, name: str) -> Record | None:
