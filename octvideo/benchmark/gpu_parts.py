@@ -36,7 +36,8 @@ STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "memory.use
 MARKED = re.compile(r"mark\.cuda\b|from tests\.devices import")
 """What a file with tests for CUDA contains."""
 OUTCOMES = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
-TEST_LINE = re.compile(rf"(?:\[gw\d+\] \[ *\d+%\] )?(?:({OUTCOMES}) )?(tests/\S+?\.py::.+?)(?: ({OUTCOMES})(?: .*)?)?$")
+PROGRESS = r"(?:\[gw\d+\] \[ *\d+%\] )?"  # of xdist
+TEST_LINE = re.compile(rf"{PROGRESS}(?:({OUTCOMES}) )?(tests/\S+?\.py(?:::.+?)?)(?: ({OUTCOMES})(?: .*)?| - (.*))?$")
 MOTION_NETWORKS = ("i3d_tiny", "oct_i3d_tiny")
 MOTION_WORKERS = 6  # of each of the two runs, on a machine with 16 cores
 
@@ -98,8 +99,11 @@ def _output(command: list[str]) -> str | None:
 
 def tests(emit: Emit, toy: bool) -> None:
     """Run the tests with the marker `cuda`; emit one record per test. A toy run collects them only."""
-    workers = ["-n", "4", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    plain = ["-o", "addopts=--strict-markers --import-mode=importlib", "-p", "no:cacheprovider", "-m", "cuda"]
+    # xdist without execnet would stop pytest
+    parallel = all(importlib.util.find_spec(name) for name in ("xdist", "execnet"))
+    workers = ["-n", "4", "--dist", "worksteal"] if parallel else []
+    plain = [] if parallel else ["-p", "no:xdist", "-p", "no:xdist.looponfail"]
+    plain += ["-o", "addopts=--strict-markers --import-mode=importlib", "-p", "no:cacheprovider", "-m", "cuda"]
     show = ["--collect-only", "-q"] if toy else [*workers, "-v", "-rfE", "--tb=short", "--durations=10"]
     environment = {**os.environ, "OCTVIDEO_REQUIRE_CUDA": "1"}
     # Collecting all files takes longer than running these tests, and other files may need packages that are missing here.
@@ -120,13 +124,13 @@ def tests(emit: Emit, toy: bool) -> None:
 
 
 def parse_test(line: str, *, collected: bool = False) -> dict[str, Any] | None:
-    """A line of `pytest -v` (with or without xdist) or of `--collect-only -q` -> test and outcome, None for other lines."""
+    """Return test and outcome from a line of `pytest -v` or of `--collect-only -q`, None for other lines."""
     match = TEST_LINE.match(line)
     if not match:
         return None
     outcome = match[1] or match[3] or ("COLLECTED" if collected else None)
-    test, _, message = match[2].partition(" - ")  # only lines of the summary have a message
-    return {"test": test, "outcome": outcome, **({"message": message} if message else {})} if outcome else None
+    message = {"message": match[4]} if match[4] else {}  # lines of the summary have one
+    return {"test": match[2], "outcome": outcome, **message} if outcome else None
 
 
 def motion(emit: Emit, toy: bool) -> None:

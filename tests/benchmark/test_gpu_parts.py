@@ -20,6 +20,7 @@ from octvideo.benchmark.speed import BenchmarkError
             "ERROR tests/a/test_b.py::test_c - RuntimeError: x",
             ("tests/a/test_b.py::test_c", "ERROR", "RuntimeError: x"),
         ),
+        ("ERROR tests/a/test_b.py - ImportError: y - z", ("tests/a/test_b.py", "ERROR", "ImportError: y - z")),
         ("tests/a/test_b.py::test_c", None),
         ("============ 1 passed in 0.1s ============", None),
         ("    tests/a/test_b.py:12: AssertionError", None),
