@@ -28,6 +28,7 @@ from octvideo import build
 from octvideo.benchmark import peers
 from octvideo.benchmark.model import PYTORCHVIDEO, Subject
 from octvideo.benchmark.speed import BenchmarkError
+from octvideo.engine.nonfinite import RunningStatistics
 from octvideo.engine.train import train_step
 from octvideo.octave import fuse, kernels
 
@@ -35,7 +36,7 @@ ROOT = Path(octvideo.__file__).resolve().parents[1]
 I3D = "configs/kinetics400/i3d_r50_8x8_padded.yaml"  # POOL_PADDING 1: the same layers as pytorchvideo's network
 SLOWFAST = "configs/kinetics400/slowfast_r50_4x16.yaml"
 TOY = "configs/motion/i3d_tiny.yaml"
-COMPILE = {"eager": "False", "compiled": "True", "graphs": "graphs"}
+COMPILE = {"eager": "off", "compiled": "default", "graphs": "graphs"}
 """MODEL.COMPILE of each backend."""
 
 Emit = Callable[[dict[str, Any]], None]
@@ -242,10 +243,10 @@ class _Run:
         model = _on_device(self.entry, cfg, model, self.device).train()
         optimizer, precision = build.optimizer(cfg, model), build.precision(cfg, self.device)
         labels = torch.arange(self.size.batch, device=self.device) % cfg.MODEL.NUM_CLASSES
-        self.optimizer = optimizer
+        self.optimizer, statistics = optimizer, RunningStatistics(model)
 
         def step() -> None:
-            train_step(model, optimizer, self.clips, labels, 1e-4, F.cross_entropy, precision)
+            train_step(model, optimizer, self.clips, labels, 1e-4, F.cross_entropy, precision, statistics)
 
         return step
 
@@ -347,13 +348,13 @@ def sync_warnings() -> Iterator[list[str]]:
 
 
 def _on_device(entry: Entry, cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
-    """Put the network on the device and compile it. pytorchvideo's network is compiled as a user of it does."""
-    if entry.kind == PYTORCHVIDEO or entry.fused:
+    """Put the network on the device and compile it. pytorchvideo's and fused networks are compiled as one graph."""
+    if entry.kind == PYTORCHVIDEO or (entry.fused and entry.kind == "octvideo"):
         model.to(device).to(memory_format=build.memory_format(cfg))  # type: ignore[call-overload]
         if entry.backend != "eager":
             model.compile(dynamic=False, mode="reduce-overhead" if entry.backend == "graphs" else None)
         return model
-    return build.place(cfg, model, device)
+    return build.place(cfg, model, device, training=entry.mode == "training")
 
 
 def _timed(step: Step, steps: int, device: torch.device) -> tuple[float, float]:

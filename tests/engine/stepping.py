@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octvideo import build
+from octvideo.engine.nonfinite import RunningStatistics
 from octvideo.engine.train import train_step
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +30,9 @@ class Stepper:
         self.cfg = build.load_config(ROOT / f"configs/motion/{name}.yaml", [*SMALL, *overrides])
         model = build.network(self.cfg)
         self.before = {name: value.clone() for name, value in model.state_dict().items()}
-        self.model = build.place(self.cfg, model, self.device).train()
+        self.model = build.place(self.cfg, model, self.device, training=True).train()
         self.optimizer = build.optimizer(self.cfg, self.model)
+        self.statistics = RunningStatistics(self.model)
         self.precision = build.precision(self.cfg, self.device)
         generator = torch.Generator().manual_seed(0)
         clips = torch.randn(batch, *build.clip_size(self.cfg, self.cfg.DATA.TRAIN_CROP), generator=generator)
@@ -39,7 +41,8 @@ class Stepper:
 
     def step(self) -> Tensor:
         """Take a step; return the mean loss, on the device."""
-        return train_step(self.model, self.optimizer, self.clips, self.labels, 0.02, F.cross_entropy, self.precision)[0]
+        rest = (F.cross_entropy, self.precision, self.statistics)
+        return train_step(self.model, self.optimizer, self.clips, self.labels, 0.02, *rest).loss
 
     def trained(self, steps: int) -> Trained:
         losses = [self.step().clone() for _ in range(steps)]
