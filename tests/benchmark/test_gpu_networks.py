@@ -1,10 +1,13 @@
 """What the GPU suite measures of a network, and how a failure of one network is kept apart."""
 
+import contextlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from octvideo import build
 from octvideo.benchmark import gpu_networks, peers
@@ -85,6 +88,51 @@ def test_warnings_about_synchronisation_are_counted(monkeypatch: pytest.MonkeyPa
             warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
         warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
     assert len(found) == 2 and modes == ["warn", 0]
+
+
+class FakeEvent:
+    """The device's clock moves by 250 ms with each event that is recorded."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 250.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other: Any) -> float:
+        return other.at - self.at
+
+
+def test_time_on_a_gpu_is_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    seconds, host = gpu_networks._timed(lambda: calls.append("step"), 5, torch.device("cuda"))
+    assert seconds == pytest.approx(0.05) and 0 <= host < 0.05
+    assert calls == ["synchronize", *["step"] * 5, "synchronize"]
+
+
+def test_kernels_launches_and_operators_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, device = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        *((name, host) for name in ("aten::conv3d", "aten::cudnn_convolution", "cudaLaunchKernel", "cuLaunchKernelEx")),
+        *((name, host) for name in ("cudaGraphLaunch", "cudaMemcpyAsync", "Optimizer.step#SGD.step")),
+        *((name, device) for name in ("void kernel<float>", "triton_poi_fused", "Memcpy HtoD", "Memset (Device)")),
+        ("Optimizer.step#SGD.step", device),  # an annotation, which the profiler shows on the device too
+    ]
+    recorded = [
+        SimpleNamespace(name=name, device_type=kind, is_user_annotation=name.startswith("Optimizer"))
+        for name, kind in events
+    ]
+    profiler = SimpleNamespace(events=lambda: recorded)
+    monkeypatch.setattr(gpu_networks, "profile", lambda activities: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    run = object.__new__(gpu_networks._Run)
+    run.entry, run.device, run.step = Entry("training", "eager"), torch.device("cuda"), lambda: None
+    assert run.counts() == {"kernels_run": 2, "launches": 3, "operators": 2}
 
 
 @pytest.mark.parametrize("device", CUDA_ONLY)

@@ -108,6 +108,14 @@ class Steps:
         return iter(self.batches)
 
 
+@pytest.fixture
+def default_sync_mode() -> Iterator[None]:
+    """Restore the mode, also after a failure within the steps that may not wait."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("default_sync_mode")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("device", CUDA_ONLY)
 def test_twenty_steps_of_fit_never_wait_for_the_device(device: str, dtype: str, tmp_path: Path) -> None:
