@@ -1,142 +1,42 @@
-"""The Triton kernels against torch's operations and NumPy: by Triton's interpreter on the CPU, and on a GPU if there is one.
-
-The interpreter runs a second copy of the programs, so that nothing else in this process meets it. It rounds float32 to
-bfloat16 towards zero, where GPUs round to nearest.
-"""
+"""Compare the Triton kernels with torch's operators and NumPy, in Triton's interpreter and on a GPU if there is one."""
 
 import importlib.util
-import itertools
-import os
-import subprocess
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from octvideo.octave import Octave, OctConv3d, feature, fuse, kernels
-from octvideo.octave.fuse import FusedOctConv, _pool
+from octvideo.octave import feature, kernels, kernels_library
 
 from . import reference
-
-ROOT = Path(__file__).parents[2]
-LAYOUTS = {
-    "contiguous": {4: torch.contiguous_format, 5: torch.contiguous_format},
-    "channels last": {4: torch.channels_last, 5: torch.channels_last_3d},
-}
-CASES = [
-    ((1, 3, 5, 7), (2, 2)),
-    ((2, 1, 4, 6), (2, 1)),
-    ((2, 5, 1, 1), (2, 2)),
-    ((1, 37, 3, 9), (1, 2)),
-    ((2, 3, 3, 5, 7), (2, 2, 2)),
-    ((1, 4, 1, 6, 4), (1, 2, 2)),
-    ((2, 2, 4, 1, 3), (2, 2, 2)),
-    ((1, 3, 5, 2, 3), (2, 1, 1)),
-    ((1, 3, 4, 5, 3), (2, 1, 2)),
-    ((1, 1, 2, 5, 33), (1, 2, 2)),
-]
-Case = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def a_copy_of_the_programs(name: str) -> ModuleType:
-    pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")
-    spec = importlib.util.spec_from_file_location(name, Path(kernels.__file__).with_name("kernels_triton.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> ModuleType:
-    pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")  # as it is elsewhere
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where a program is defined
-        return a_copy_of_the_programs("kernels_interpreted")
-
-
-@pytest.fixture
-def cpu(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU as a device that runs kernels, and has been tried."""
-    monkeypatch.setattr(kernels, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(kernels, "_programs", lambda: interpreted)
-    assert kernels._works(torch.device("cpu"))
-    return "cpu"
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu":
-        return str(request.getfixturevalue("cpu"))
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    pytest.importorskip("triton")
-    assert kernels._works(torch.zeros(0, device="cuda").device)
-    return "cuda"
+from .kernel_maps import (
+    CASES,
+    LAYOUTS,
+    Case,
+    a_low_map,
+    a_map,
+    close,
+    copy_of_module,
+    copy_of_programs,
+    double,
+    eager_pool,
+    eager_sum,
+    needs_cuda,
+)
 
 
 @pytest.fixture
 def untried() -> Iterator[None]:
-    """No device has been tried, and none is when the test is over."""
+    """No device has been tried before the test, and none after it."""
     kernels._works.cache_clear()
     yield
     kernels._works.cache_clear()
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each program is launched."""
-    counts: Counter[str] = Counter()
-
-    def counted(name: str, launch: Callable[..., None]) -> Callable[..., None]:
-        def count(*args: object, **options: object) -> None:
-            counts[name] += 1
-            launch(*args, **options)
-
-        return count
-
-    for name in ("pool", "spread"):
-        monkeypatch.setattr(kernels, f"_launch_{name}", counted(name, getattr(kernels, f"_launch_{name}")))
-    return counts
-
-
-def a_map(
-    shape: tuple[int, ...], device: str, layout: str = "contiguous", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    return torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout][len(shape)])
-
-
-def a_low_map(case: Case, device: str, layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
-    shape, kernel = case
-    return a_map((*shape[:2], *feature.low_size(shape[2:], kernel)), device, layout, dtype)
-
-
-def eager_pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    with kernels.enabled(False):
-        return feature.average_pool(x, kernel)
-
-
-def eager_sum(y: Tensor, low: Tensor) -> Tensor:
-    return y + feature.upsample(low, y.shape[2:])
-
-
-def double(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().double().numpy()
-
-
-def close(x: Tensor, expected: Tensor) -> None:
-    """Within a rounding of half precision, or the interpreter's way of rounding it."""
-    steps = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-    np.testing.assert_allclose(double(x), double(expected), rtol=steps[x.dtype], atol=steps[x.dtype])
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -181,29 +81,23 @@ def test_half_precision(dtype: torch.dtype, layout: str, device: str) -> None:
         assert total.dtype == dtype
 
 
-@pytest.mark.parametrize("options", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_epilogue(options: tuple[bool, ...], device: str) -> None:
-    case = CASES[4]
-    y, low, shortcut = a_map(case[0], device), a_low_map(case, device, "channels last"), a_map(case[0], device)
-    shortcut = shortcut.contiguous(memory_format=torch.channels_last_3d)  # need not be y's layout
-    scale, shift = torch.randn(2, 3, device=device)
-    beside = (..., None, None, None)
-    with_scale, with_shift, with_shortcut, relu = options
-    expected = eager_sum(y, low)
-    expected = expected * scale[beside] if with_scale else expected
-    expected = expected + shift[beside] if with_shift else expected
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("mean", [False, True])
+def test_options_of_the_sum(with_shortcut: bool, relu: bool, mean: bool, device: str) -> None:
+    shape, kernel = CASES[4]
+    y, low, shortcut = (a_map(shape, device), a_low_map(CASES[4], device, "channels last"), a_map(shape, device))
+    shortcut = shortcut.contiguous(memory_format=torch.channels_last_3d)  # need not have y's layout
+    values = F.avg_pool3d(
+        torch.ones(shape, device=device), kernel, ceil_mode=True, divisor_override=1
+    )  # in each window
+    expected = eager_sum(y, low / values if mean else low)
     expected = expected + shortcut if with_shortcut else expected
     expected = torch.relu(expected) if relu else expected
-    given = {
-        "scale": scale if with_scale else None,
-        "shift": shift if with_shift else None,
-        "shortcut": shortcut if with_shortcut else None,
-    }
-    total = kernels.add_upsampled(y, low, **given, relu=relu)
-    np.testing.assert_allclose(double(total), double(expected), rtol=0, atol=2e-6)
-    if device == "cpu":
-        assert torch.equal(total, expected)  # a GPU may contract a product and a sum
-    assert torch.equal(kernels.add_upsampled_(y, low, **given, relu=relu), total)
+    given = shortcut if with_shortcut else None
+    total = kernels.add_upsampled(y, low, shortcut=given, relu=relu, mean=mean)
+    assert torch.equal(total, expected)
+    assert torch.equal(kernels.add_upsampled_(y, low, shortcut=given, relu=relu, mean=mean), total)
 
 
 def test_relu_lets_nan_through(device: str) -> None:
@@ -220,7 +114,7 @@ def test_many_tiles_and_offsets_of_64_bits(layout: str, device: str, monkeypatch
         expected = kernels.average_pool(y, case[1]), kernels.add_upsampled(y, low, shortcut=y, relu=True)
         for name, value in (("TILE", 64), ("LARGE", 0)):
             with monkeypatch.context() as patch:
-                patch.setattr(kernels, name, value)
+                patch.setattr(kernels_library, name, value)
                 found = kernels.average_pool(y, case[1]), kernels.add_upsampled(y, low, shortcut=y, relu=True)
             assert all(map(torch.equal, found, expected))
 
@@ -228,10 +122,10 @@ def test_many_tiles_and_offsets_of_64_bits(layout: str, device: str, monkeypatch
 def test_int64_offsets_begin_where_int32_would_end() -> None:
     near = torch.empty(1, device="meta").expand(1, 1, 2**15, 2**15 - 1)
     maps = [near.as_strided((1, 1, 2**15, w), (0, 0, w, 1)) for w in (2**15 - 1, 2**15)]
-    assert [kernels._tiles(x, False, x)[1][2] for x in maps] == [False, True]
+    assert [kernels_library._tiles(x, False, x)[1][2] for x in maps] == [False, True]
     # a slice of few channels reaches as far as the map that it is cut from
     part = near.as_strided((2, 1, 4, 4), (2**30, 16, 4, 1))
-    assert kernels._tiles(part, False, part)[1][2]
+    assert kernels_library._tiles(part, False, part)[1][2]
 
 
 def test_offsets_beyond_32_bits(cpu: str) -> None:
@@ -312,9 +206,9 @@ def test_gradients(case: Case, layout: str, device: str) -> None:
 
 def test_gradients_are_finite_differences(device: str) -> None:
     """Steps of 1/4 of small integers: both maps are linear, so the quotients are exact."""
-    x = torch.randint(-4, 5, (1, 1, 3, 3), device=device).float().requires_grad_()
-    low = torch.randint(-4, 5, (1, 1, 2, 2), device=device).float().requires_grad_()
-    weight = torch.randint(-4, 5, (1, 1, 3, 3), device=device).float()
+    x = torch.randint(-4, 5, (1, 1, 3, 2), device=device).float().requires_grad_()
+    low = torch.randint(-4, 5, (1, 1, 2, 1), device=device).float().requires_grad_()
+    weight = torch.randint(-4, 5, (1, 1, 3, 2), device=device).float()
 
     def loss() -> Tensor:
         pooled = kernels.average_pool(x, (2, 2))
@@ -392,115 +286,27 @@ def test_in_inference_mode(device: str) -> None:
         assert torch.equal(kernels.average_pool(y, (2, 2)), eager_pool(y, (2, 2)))
 
 
-# --- requests that cannot be met ------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_errors_name_the_numbers() -> None:
+def test_errors_name_the_numbers(cpu: str) -> None:
     y, low = torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 2, 3)
-    with pytest.raises(ValueError, match=r"kernel is \(2, 3\); it gives 1 or 2 for each of 2 dimensions"):
-        kernels.average_pool(y, (2, 3))
+    for window in ((2, 3), (1, 1, 1)):
+        with pytest.raises(ValueError, match=rf"window is \({window[0]}, {window[1]}.*1 or 2.*2 dimensions"):
+            kernels.average_pool(y, window)
     for wrong in ((1, 2, 2, 2), (1, 3, 2, 3), (2, 2, 2, 3), (1, 2, 1, 3), (1, 2, 1, 2, 3)):
-        with pytest.raises(ValueError, match=r"does not upsample to \(1, 2, 4, 5\)"):
-            kernels.add_upsampled_(y, torch.zeros(wrong))
-    with pytest.raises(ValueError, match=r"shortcut \(1, 2, 1, 1\) cannot be added to \(1, 2, 4, 5\)"):
+        for add in (kernels.add_upsampled, kernels.add_upsampled_):
+            with pytest.raises(ValueError, match=r"upsample to \(1, 2, 4, 5\)"):
+                add(y, torch.zeros(wrong))
+    with pytest.raises(ValueError, match=r"\(1, 2, 2, 3\).*upsample to \(4, 7\)"):
+        kernels.upsample_shares(low, (4, 7), (2, 2))
+    with pytest.raises(ValueError, match=r"shortcut \(1, 2, 1, 1\).*\(1, 2, 4, 5\)"):
         kernels.add_upsampled(y, low, shortcut=torch.zeros(1, 2, 1, 1))
-    with pytest.raises(ValueError, match=r"scale and shift have 2 values each, not \[\(3,\)\]"):
-        kernels.add_upsampled(y, low, scale=torch.zeros(3))
-    with pytest.raises(RuntimeError, match="no gradient beyond y and low"):
-        kernels.add_upsampled(y, low.requires_grad_(), relu=True)
-    with pytest.raises(RuntimeError, match=r"one place in memory.*clone\(\)"):
-        kernels.add_upsampled_(torch.zeros(1, 2, 1, 1).expand(1, 2, 4, 5), low.detach())
+    with pytest.raises(RuntimeError, match=r"one memory location.*clone\(\)"):
+        kernels.add_upsampled_(torch.zeros(1, 2, 1, 1).expand(1, 2, 4, 5), low)
 
 
 # --- where they are used --------------------------------------------------------------------------------------------
-
-
-def test_the_law_of_feature_uses_them(device: str, launches: Counter[str]) -> None:
-    x, low = a_map((1, 2, 3, 5, 5), device).requires_grad_(), a_map((1, 2, 3, 3, 3), device)
-    y = feature.average_pool(x, (1, 2, 2))
-    with torch.no_grad():
-        total = feature.add_upsampled(x * 1, low)
-    assert launches == {"pool": 1, "spread": 1}
-    y.sum().backward()
-    assert launches == {"pool": 1, "spread": 2}
-    with kernels.enabled(False), torch.no_grad():
-        assert torch.equal(feature.average_pool(x, (1, 2, 2)), y)
-        assert torch.equal(feature.add_upsampled(x * 1, low), total)
-    # what they do not cover
-    assert torch.equal(feature.average_pool(x, (3, 1, 1)), eager_pool(x, (3, 1, 1)))
-    feature.average_pool(x.double(), (1, 2, 2))
-    assert feature.average_pool(x[:, :0], (1, 2, 2)).shape == (1, 0, 3, 3, 3)
-    assert launches == {"pool": 1, "spread": 2}
-
-
-def test_add_upsampled_of_feature_without_kernels() -> None:
-    y, low = torch.randn(1, 2, 3, 5, 5), torch.randn(1, 2, 2, 3, 3)
-    expected = double(y) + reference.upsample(double(low), (2, 2, 2), (3, 5, 5))
-    with torch.no_grad():
-        assert feature.add_upsampled(y, low) is y
-    np.testing.assert_allclose(double(y), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("arrangement", ["apart", "late"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.ReLU6()], ids=str)
-@pytest.mark.parametrize("alpha_out", [0.0, 0.5])
-def test_fused_layers_use_them(
-    alpha_out: float, activation: nn.Module | None, layout: str, arrangement: str, device: str, launches: Counter[str]
-) -> None:
-    if arrangement == "late" and not alpha_out:
-        pytest.skip("late is for two frequencies")
-    conv = OctConv3d(6, 8, 1, alpha_in=0.5, alpha_out=alpha_out).to(device)
-    layer = FusedOctConv(conv, activation, arrangement)
-    x = Octave(a_map((1, 3, 2, 5, 4), device, layout), a_map((1, 3, 2, 3, 2), device, layout))
-    high, low = a_map((1, 8 - int(8 * alpha_out), 2, 5, 4), device, layout), a_map((1, 4, 2, 3, 2), device, layout)
-    for shortcut in (None, Octave(high, low) if alpha_out else high):
-        launches.clear()
-        with torch.no_grad():
-            y = layer(x, shortcut)
-        assert launches["spread"] == 1 and launches["pool"] == (1 if alpha_out else 0)
-        with kernels.enabled(False), torch.no_grad():
-            expected = layer(x, shortcut)
-        for own, theirs in zip(y, expected, strict=True) if alpha_out else [(y, expected)]:
-            np.testing.assert_allclose(double(own), double(theirs), rtol=0, atol=1e-5)
-    # a gradient by the input, or a shortcut that broadcasts: torch's operations, which are right
-    launches.clear()
-    layer(Octave(x.high.clone().requires_grad_(), x.low), None)
-    if not alpha_out:
-        with torch.no_grad():
-            layer(x, high[..., :1, :1])
-    assert launches["spread"] == 0
-
-
-def test_fused_pooling_uses_them(device: str, launches: Counter[str]) -> None:
-    x = a_map((1, 4, 3, 5, 4), device)
-    assert torch.equal(_pool(x[:, 1:3], (1, 2, 2)), eager_pool(x[:, 1:3], (1, 2, 2)))
-    assert launches == {"pool": 1}
-
-
-def test_a_fused_network_gives_the_same(device: str, launches: Counter[str]) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = OctConv3d(4, 8, (1, 3, 3), padding=(0, 1, 1), alpha_in=0.5, alpha_out=0.5)
-            self.b = OctConv3d(8, 4, (1, 3, 3), padding=(0, 1, 1), alpha_in=0.5, alpha_out=0.5)
-            self.relu = nn.ReLU()
-
-        def forward(self, x: Octave) -> feature.Feature:
-            return feature.lift(self.relu, feature.lift(torch.add, self.b(feature.lift(self.relu, self.a(x))), x))
-
-    network = fuse(Block()).to(device)
-    x = Octave(a_map((2, 2, 2, 5, 6), device), a_map((2, 2, 2, 3, 3), device))
-    with torch.no_grad():
-        y = network(x)
-        assert launches["spread"] and launches["pool"]
-        with kernels.enabled(False):
-            expected = network(x)
-    for own, theirs in zip(y, expected, strict=True):
-        np.testing.assert_allclose(double(own), double(theirs), rtol=0, atol=1e-5)
-
-
-# --- where they are not ---------------------------------------------------------------------------------------------
 
 
 def test_usable_where_there_is_a_device(cpu: str) -> None:
@@ -519,51 +325,12 @@ def test_not_usable_on_a_cpu() -> None:
     assert not kernels.usable(torch.zeros(1, 1, 2, 2))
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns that it is old, and of sizes
-def test_not_used_where_somebody_follows_the_operations(cpu: str, launches: Counter[str]) -> None:
-    x = torch.randn(2, 2, 4, 4)
-    expected = eager_pool(x, (2, 2))
-    assert kernels.usable(x)
-
-    def pool(x: Tensor) -> Tensor:
-        return feature.average_pool(x, (2, 2))
-
-    class Pool(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return pool(x)
-
-    class Watching(Pool):
-        usable: bool
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.usable = kernels.usable(x)
-            return x * 2
-
-    assert torch.equal(torch.compile(pool, fullgraph=True, backend="eager")(x), expected)
-    assert torch.equal(torch.export.export(Pool(), (x,)).module()(x), expected)
-    assert torch.equal(torch.jit.trace(Pool(), (x,), check_trace=False)(x), expected)
-    with FlopCounterMode(display=False):
-        pool(x)
-    assert torch.equal(torch.func.vmap(pool)(x[None])[0], expected)
-    torch.func.grad(lambda t: pool(t).sum())(x)
-    assert torch.equal(torch.func.jvp(pool, (x,), (x,))[1], expected)
-    with torch.autograd.forward_ad.dual_level():
-        dual = pool(torch.autograd.forward_ad.make_dual(x, x))
-        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
-    with FakeTensorMode() as mode:
-        assert pool(mode.from_tensor(x)).shape == (2, 2, 2, 2)
-    watching = Watching()
-    fx.symbolic_trace(watching)
-    assert watching.usable is False
-    assert launches == {}
-
-
 def test_a_device_on_which_they_fail_is_told_once(cpu: str, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Program:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             raise OSError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels, "_programs", lambda: SimpleNamespace(pool=Program()))
+    monkeypatch.setattr(kernels_library, "_programs", lambda: SimpleNamespace(pool=Program()))
     x = torch.randn(1, 1, 4, 4)
     with pytest.warns(RuntimeWarning, match=r"not used on cpu.*OSError: Failed to find C compiler.*OCTVIDEO_KERNELS=0"):
         y = feature.average_pool(x, (2, 2))
@@ -573,7 +340,7 @@ def test_a_device_on_which_they_fail_is_told_once(cpu: str, untried: None, monke
 
 
 def test_a_device_on_which_they_are_wrong_is_told(cpu: str, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_launch_pool", lambda x, y, *_: y.zero_())
+    monkeypatch.setattr(kernels_library, "_launch_pool", lambda x, y, *_: y.zero_())
     with pytest.warns(RuntimeWarning, match=r"not used on cpu.*AssertionError"):
         assert not kernels.usable(torch.randn(1, 1, 4, 4))
 
@@ -586,23 +353,28 @@ def test_without_triton(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not kernels.usable(torch.randn(1, 1, 4, 4))
 
 
-def test_the_environment_turns_them_off() -> None:
-    code = "from octvideo.octave import kernels; print(kernels._enabled)"
-    env = {**os.environ, "OCTVIDEO_KERNELS": "0"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
-    assert out.stdout.strip() == "False"
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), (None, True)])
+def test_the_environment_turns_them_off(value: str | None, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("OCTVIDEO_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("OCTVIDEO_KERNELS", value)
+    assert copy_of_module(Path(kernels.__file__), "kernels_of_another_process")._enabled is on
 
 
 # --- what a GPU would run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "capability", "dtype"),
+    [("contiguous", 80, torch.bfloat16), ("channels last", 90, torch.float32), ("channels last", 90, torch.bfloat16)],
+    ids=str,
+)
 def test_launches_compile_for_gpus(
     layout: str, capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of a launch but its last step, down to machine code, which needs no device."""
-    programs = a_copy_of_the_programs("kernels_compiled")
+    programs = copy_of_programs("kernels_compiled")
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -631,24 +403,26 @@ def test_launches_compile_for_gpus(
             return compile_it
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "_programs", lambda: SimpleNamespace(pool=Program("pool"), spread=Program("spread")))
+    monkeypatch.setattr(
+        kernels_library,
+        "_programs",
+        lambda: SimpleNamespace(pool=Program("pool"), upsample_add=Program("upsample_add")),
+    )
     monkeypatch.setattr(driver, "_active", NoDevice())
     case = ((8, 64, 4, 56, 56), (2, 2, 2))
     x, low = a_map(case[0], "cpu", layout, dtype), a_low_map(case, "cpu", layout, dtype)
     kernels.average_pool(x, case[1])
     kernels.add_upsampled(x, low, shortcut=x, relu=True)
     low.requires_grad_()
-    torch.autograd.grad(kernels.add_upsampled_(x, low), low, x.clone())
-    assert [name for name, _ in found] == ["pool", "spread", "spread", "pool"]
+    torch.autograd.grad(kernels.add_upsampled(x, low), low, x.clone())
+    assert [name for name, _ in found] == ["pool", "upsample_add", "upsample_add", "pool"]
     for name, code in found:
         # 16 bytes at a time, but for the contiguous windows, whose values lie one beside the other
         assert "st.global.v4.b32" in code
-        assert ("ld.global.v4.b32" in code) == (name == "spread" or layout == "channels last")
+        assert ("ld.global.v4.b32" in code) == (name == "upsample_add" or layout == "channels last")
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-
-
+@pytest.mark.cuda
 @needs_cuda
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -670,6 +444,7 @@ def test_real_sizes_on_cuda(case: Case, layout: str, dtype: torch.dtype) -> None
     close(grad, torch.autograd.grad(eager_pool(x, case[1]), x, low)[0])
 
 
+@pytest.mark.cuda
 @needs_cuda
 def test_more_elements_than_int32_counts_on_cuda() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 16e9:
@@ -683,6 +458,7 @@ def test_more_elements_than_int32_counts_on_cuda() -> None:
     assert y[0, 1, -2:, -2:].flatten().tolist() == [4.0, 5.0, 6.0, 9.0] and y.count_nonzero().item() == 4
 
 
+@pytest.mark.cuda
 @needs_cuda
 def test_another_device_than_the_current_one_on_cuda() -> None:
     if torch.cuda.device_count() < 2:
