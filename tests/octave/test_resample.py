@@ -23,6 +23,7 @@ EVEN_CASES = [
     ((2, 3, 4, 6, 8), (2, 2, 2)),
     ((1, 2, 4, 1, 3), (2, 1, 1)),
 ]
+SOME_CASES = [CASES[0], CASES[4], CASES[6], *EVEN_CASES]
 POOLING_FORMS = ["_pool_by_sum_of_slices", "_pool_by_slices", "_pool_by_avg_pool2d", "_pool_by_avg_pool3d"]
 SUM_FORMS = ["_add_by_interpolate", "_add_by_interpolate_", "_add_by_slices_", "_add_by_broadcast"]
 
@@ -50,7 +51,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EVEN_CASES, ids=str)
+@pytest.mark.parametrize("case", SOME_CASES, ids=str)
 def test_every_form_of_pooling(case: Case, layout: str, cpu: str) -> None:
     """Bit for bit, except for sums of 8 values at once and avg_pool3d, whose order of summation is another."""
     shape, kernel = case
@@ -66,7 +67,7 @@ def test_every_form_of_pooling(case: Case, layout: str, cpu: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EVEN_CASES, ids=str)
+@pytest.mark.parametrize("case", SOME_CASES, ids=str)
 def test_every_form_of_the_sum(case: Case, layout: str, cpu: str) -> None:
     """Bit for bit: each value is one sum of two."""
     shape, kernel = case
@@ -82,7 +83,7 @@ def test_every_form_of_the_sum(case: Case, layout: str, cpu: str) -> None:
         assert total.is_contiguous(memory_format=LAYOUTS[layout][y.dim()])
 
 
-@pytest.mark.parametrize("case", CASES + EVEN_CASES, ids=str)
+@pytest.mark.parametrize("case", SOME_CASES, ids=str)
 def test_gradients_by_kernels_and_by_operators(case: Case, cpu: str) -> None:
     shape, kernel = case
     x, low = a_map(shape, cpu), a_low_map(case, cpu)
