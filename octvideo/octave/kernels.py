@@ -97,15 +97,15 @@ def _try(device: torch.device, errors: list[Exception]) -> None:
         errors.append(error)
 
 
-def average_pool(x: Tensor, window: Sequence[int]) -> Tensor:
+def average_pool(x: Tensor, window: Sequence[int], total: bool = False) -> Tensor:
     """`resample.average_pool` for windows of 1 or 2 per dimension, in one pass; differentiable.
 
     x: [N, C, H, W] or [N, C, T, H, W] with any strides. A channels-last map stays channels last; every other map becomes
-    contiguous. Raises ValueError for other windows.
+    contiguous. total: return sums instead of means, the gradient of upsampling. Raises ValueError for other windows.
     """
     if all(k == 1 for k in window) and len(window) == x.dim() - 2:
         return x
-    return _pool(x, window, True, is_channels_last(x))
+    return _pool(x, window, not total, is_channels_last(x))
 
 
 def add_upsampled_(
@@ -128,11 +128,6 @@ def add_upsampled(
 ) -> Tensor:
     """Return the sum of `add_upsampled_` as a new map, dense in y's memory format."""
     return _call(_UpsampleAdd, (y, low, shortcut), relu, mean)
-
-
-def sum_pool(x: Tensor, window: Sequence[int]) -> Tensor:
-    """Return the sums over the windows: `average_pool` without the division. This is the gradient of upsampling."""
-    return _pool(x, window, False, is_channels_last(x))
 
 
 def upsample_shares(low: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:

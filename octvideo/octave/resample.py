@@ -5,7 +5,8 @@ choose the form, and at the end of this file the gradients do; nothing else in t
 
     where                                  average pooling             y + upsample(low)
     eager, GPU with Triton                 one kernel                  one kernel, in place without autograd
-    eager, CPU, autograd off               sums of slices              sums with slices of y, in place
+    eager, CPU, contiguous, autograd off   sums of slices, or as next  slices of y, in place
+    eager, other maps, autograd off        avg_pool2d, space and time  one broadcast sum, or interpolate, in place
     autograd on, or torch.jit.trace        avg_pool2d, space and time  interpolate and add
     compiled or exported                   avg_pool2d, space and time  interpolate and add
     inference form (fuse.py), eager        sums of slices              one broadcast sum
@@ -32,8 +33,8 @@ from torch import Tensor
 from octvideo.octave import kernels
 from octvideo.octave.kernels_library import low_size as low_size
 
-PoolingForm = Callable[[Tensor, Sequence[int]], Tensor]
-SumForm = Callable[[Tensor, Tensor], Tensor]
+PoolingForm = Callable[..., Tensor]
+SumForm = Callable[..., Tensor]
 
 _frames_as_channels = False
 
@@ -71,11 +72,17 @@ def average_pool(x: Tensor, kernel: Sequence[int], *, fused: bool = False) -> Te
     x: [N, C, H, W] with kernel (kh, kw) or [N, C, T, H, W] with kernel (kt, kh, kw). The last row of an odd size is copied,
     and a size of 1 stays 1. fused: the caller is the inference form of a network.
     """
+    return _pool(x, kernel, fused=fused)
+
+
+def _pool(x: Tensor, kernel: Sequence[int], *, fused: bool = False, total: bool = False) -> Tensor:
+    """total: return sums instead of means, which the fused forms cannot."""
     if all(k == 1 for k in kernel):
         return x
     if x.shape[1] == 0:
         return x.new_empty(*x.shape[:2], *low_size(x.shape[2:], kernel))
-    return _pooling_form(x, kernel, fused)(x, kernel)
+    form = _pooling_form(x, kernel, fused)
+    return form(x, kernel, total=True) if total else form(x, kernel)
 
 
 def _pooling_form(x: Tensor, kernel: Sequence[int], fused: bool) -> PoolingForm:
@@ -113,7 +120,7 @@ def _pool_by_sum_of_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
     return functools.reduce(torch.add, corners) * (1 / len(corners))
 
 
-def _pool_by_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
+def _pool_by_slices(x: Tensor, kernel: Sequence[int], total: bool = False) -> Tensor:
     """Space, then time, and each sum in the order of avg_pool2d: the same values bit for bit."""
     space = x.dim() - 2
     for axes in (range(space, x.dim()), range(2, space)):
@@ -122,7 +129,8 @@ def _pool_by_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
             x = corners[0] + corners[1]
             for corner in corners[2:]:
                 x += corner
-            x *= 1 / len(corners)
+            if not total:
+                x *= 1 / len(corners)
     return x
 
 
@@ -135,31 +143,32 @@ def _corners(x: Tensor, kernel: Sequence[int], axes: Sequence[int]) -> list[Tens
     return corners
 
 
-def _pool_by_avg_pool2d(x: Tensor, kernel: Sequence[int]) -> Tensor:
+def _pool_by_avg_pool2d(x: Tensor, kernel: Sequence[int], total: bool = False) -> Tensor:
     """Pool space and time separately: avg_pool3d has no half-precision kernel on CPUs and no channels_last_3d kernel."""
     if x.dim() == 4:
-        return _avg_pool2d(x, tuple(kernel))
+        return _avg_pool2d(x, tuple(kernel), total)
     time, height, width = kernel
     if (height, width) != (1, 1):
-        x = _pool_space(x, (height, width))
+        x = _pool_space(x, (height, width), total)
     if time != 1:
         # [N, C, T, H, W] -> [N, C, T, H*W], a view in both memory formats
-        x = _avg_pool2d(x.flatten(3), (time, 1)).unflatten(3, x.shape[3:])
+        x = _avg_pool2d(x.flatten(3), (time, 1), total).unflatten(3, x.shape[3:])
     return x
 
 
-def _pool_space(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def _pool_space(x: Tensor, kernel: tuple[int, int], total: bool) -> Tensor:
     n, c, t = x.shape[:3]
     if x.stride(1) == 1:
         # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and so is the way back
-        pooled = _avg_pool2d(x.transpose(1, 2).flatten(0, 1), kernel)
+        pooled = _avg_pool2d(x.transpose(1, 2).flatten(0, 1), kernel, total)
         return pooled.unflatten(0, (n, t)).transpose(1, 2)
     # [N, C, T, H, W] -> [N, C*T, H, W]
-    return _avg_pool2d(x.flatten(1, 2), kernel).unflatten(1, (c, t))
+    return _avg_pool2d(x.flatten(1, 2), kernel, total).unflatten(1, (c, t))
 
 
-def _avg_pool2d(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
+def _avg_pool2d(x: Tensor, kernel: tuple[int, ...], total: bool) -> Tensor:
+    divisor = 1 if total else None
+    return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False, divisor_override=divisor)
 
 
 # Upsampling ---------------------------------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def add_upsampled(y: Tensor, low: Tensor, *, fused: bool = False) -> Tensor:
-    """Return y + upsample(low, y's size). Unless autograd is on, or for the inference form (fused), y is overwritten."""
+    """Return y + upsample(low, y's size), in the memory of y unless autograd is on. fused: always in new memory."""
     return _sum_form(y, low, fused)(y, low)
 
 
@@ -194,23 +203,29 @@ def _sum_form(y: Tensor, low: Tensor, fused: bool) -> SumForm:
     if kernels.usable(y, low):
         return kernels.add_upsampled if fused or torch.is_grad_enabled() else kernels.add_upsampled_
     if fused:
-        sizes = zip(y.shape[2:], low.shape[2:], strict=True)
-        doubled = all(size in (small, 2 * small) for size, small in sizes)
-        return _add_by_broadcast if doubled and not torch.compiler.is_exporting() else _add_by_interpolate
+        return _add_by_broadcast if _is_doubled(y, low) and not torch.compiler.is_exporting() else _add_by_interpolate
     if _is_recorded():
         return _add_by_interpolate
+    if (y.device.type != "cpu" or y.stride(1) == 1) and _is_doubled(y, low):
+        return _add_by_broadcast_
     return _add_by_slices_ if y.device.type == "cpu" else _add_by_interpolate_
 
 
-def _add_by_interpolate(y: Tensor, low: Tensor) -> Tensor:
-    return y + upsample(low, y.shape[2:])
+def _is_doubled(y: Tensor, low: Tensor) -> bool:
+    """Return True if each size of y is that of low or twice it, so that no window is cut at the border."""
+    return all(size in (small, 2 * small) for size, small in zip(y.shape[2:], low.shape[2:], strict=True))
 
 
-def _add_by_interpolate_(y: Tensor, low: Tensor) -> Tensor:
-    return y.add_(upsample(low, y.shape[2:]))
+def _add_by_interpolate(y: Tensor, low: Tensor, share: float = 1.0) -> Tensor:
+    """Return y + share * upsample(low); the other forms with a share do the same."""
+    return y + upsample(low if share == 1.0 else share * low, y.shape[2:])
 
 
-def _add_by_slices_(y: Tensor, low: Tensor) -> Tensor:
+def _add_by_interpolate_(y: Tensor, low: Tensor, share: float = 1.0) -> Tensor:
+    return y.add_(upsample(low, y.shape[2:]), alpha=share)
+
+
+def _add_by_slices_(y: Tensor, low: Tensor, share: float = 1.0) -> Tensor:
     """Add low to one corner of all windows after the other; at an odd border there are fewer of the later corners."""
     doubled = [size != small for size, small in zip(y.shape[2:], low.shape[2:], strict=True)]
     for corner in itertools.product(*((0, 1) if double else (None,) for double in doubled)):
@@ -218,21 +233,32 @@ def _add_by_slices_(y: Tensor, low: Tensor) -> Tensor:
         for axis, first in enumerate(corner, start=2):
             part = part if first is None else every(part, axis, 2, first)
         size = part.shape[2:]
-        part += low[tuple(map(slice, (None, None, *size)))]
+        part.add_(low[tuple(map(slice, (None, None, *size)))], alpha=share)
     return y
 
 
 def _add_by_broadcast(y: Tensor, low: Tensor) -> Tensor:
-    """Add each value of low to 2 (4, 8) values of y without writing the upsampled map; sizes are equal or double."""
-    sizes = zip(y.shape[2:], low.shape[2:], strict=True)
-    doubled = [axis for axis, (size, small) in enumerate(sizes, start=2) if size != small]
-    for axis in reversed(doubled):
-        # [..., H, ...] -> [..., H / 2, 2, ...] and [..., H / 2, 1, ...]
-        y, low = y.unflatten(axis, (low.shape[axis], 2)), low.unsqueeze(axis + 1)
-    y = y + low
-    for axis in doubled:
-        y = y.flatten(axis, axis + 1)
+    """Add each value of low to 2 (4, 8) values of y without writing the upsampled map."""
+    windows, low = _windows(y, low)
+    total = windows + low
+    for axis in range(2, y.dim()):
+        if total.shape[axis] != y.shape[axis]:
+            total = total.flatten(axis, axis + 1)
+    return total
+
+
+def _add_by_broadcast_(y: Tensor, low: Tensor, share: float = 1.0) -> Tensor:
+    windows, low = _windows(y, low)
+    windows.add_(low, alpha=share)
     return y
+
+
+def _windows(y: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of y, [..., H, ...] -> [..., H / 2, 2, ...], and of low, [..., H / 2, 1, ...], in doubled dimensions."""
+    for axis in range(y.dim() - 1, 1, -1):
+        if y.shape[axis] != low.shape[axis]:
+            y, low = y.unflatten(axis, (low.shape[axis], 2)), low.unsqueeze(axis + 1)
+    return y, low
 
 
 # Gradients that an autograd Function computes itself ------------------------------------------------------------------
@@ -248,25 +274,23 @@ def pooling_gradient(grad: Tensor, size: Sequence[int], kernel: Sequence[int], a
     if max(kernel) <= 2 and added_to is not None and kernels.usable(grad, added_to):
         add = kernels.add_upsampled if torch.is_grad_enabled() else kernels.add_upsampled_
         return add(added_to, grad, mean=True)
-    shares = _times_values(grad, size, kernel, -1)
-    return upsample(shares, size) if added_to is None else add_upsampled(added_to, shares)
+    share = 1 / math.prod(kernel)
+    if any(s % k for s, k in zip(size, kernel, strict=True)):
+        grad, share = _shares(grad, size, kernel), 1.0
+    if added_to is not None:
+        return _sum_form(added_to, grad, fused=False)(added_to, grad, share)
+    return upsample(grad if share == 1.0 else share * grad, size)
 
 
 def upsampling_gradient(grad: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Return the gradient of `upsample` by kernel: the sum over each window, computed as mean * number of values.
-
-    grad: gradient of the upsampled map.
-    """
-    if max(kernel) == 2 and kernels.usable(grad):
-        return kernels.sum_pool(grad, kernel)
-    pooled = average_pool(grad, kernel)
-    return pooled if pooled is grad else _times_values(pooled, grad.shape[2:], kernel, 1)
+    """Return the gradient of `upsample` by kernel: the sum over each window. grad: gradient of the upsampled map."""
+    return _pool(grad, kernel, total=True)
 
 
-def _times_values(x: Tensor, size: Sequence[int], kernel: Sequence[int], power: int) -> Tensor:
-    """Return x * (values in each window of a map of this size) ** power; the last window of an odd size has fewer."""
-    x = x * math.prod(kernel) ** power
+def _shares(grad: Tensor, size: Sequence[int], kernel: Sequence[int]) -> Tensor:
+    """Divide by the number of values in each window of a map of this size; the last window of an odd size has fewer."""
+    grad = grad * (1 / math.prod(kernel))
     for axis, (s, k) in enumerate(zip(size, kernel, strict=True), start=2):
         if s % k:
-            x.narrow(axis, -1, 1).mul_(float(k) ** -power)
-    return x
+            grad.narrow(axis, -1, 1).mul_(float(k))
+    return grad

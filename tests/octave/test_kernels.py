@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo.octave import feature, kernels, kernels_library
 
@@ -343,6 +345,19 @@ def test_usable_where_there_is_a_device(cpu: str) -> None:
 
 def test_not_usable_on_a_cpu() -> None:
     assert not kernels.usable(torch.zeros(1, 1, 2, 2))
+
+
+def test_the_first_try_is_outside_of_modes_and_transforms(
+    cpu: str, untried: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    x = torch.randn(2, 1, 4, 4)
+    with FlopCounterMode(display=False) as counter, fwd.dual_level():
+        y = torch.func.vmap(lambda x: feature.average_pool(x, (2, 2)))(x[None])[0]
+    assert counter.get_total_flops() == 2 * x.numel()
+    assert torch.equal(y, eager_pool(x, (2, 2))) and len(recwarn) == 0
+    kernels._works.cache_clear()
+    with FakeTensorMode():
+        assert kernels.usable(x)
 
 
 def test_a_device_on_which_they_fail_is_told_once(cpu: str, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:

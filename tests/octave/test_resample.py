@@ -25,7 +25,13 @@ EVEN_CASES = [
 ]
 SOME_CASES = [CASES[0], CASES[4], CASES[6], *EVEN_CASES]
 POOLING_FORMS = ["_pool_by_sum_of_slices", "_pool_by_slices", "_pool_by_avg_pool2d", "_pool_by_avg_pool3d"]
-SUM_FORMS = ["_add_by_interpolate", "_add_by_interpolate_", "_add_by_slices_", "_add_by_broadcast"]
+SUM_FORMS = [
+    "_add_by_interpolate",
+    "_add_by_interpolate_",
+    "_add_by_slices_",
+    "_add_by_broadcast",
+    "_add_by_broadcast_",
+]
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name in POOLING_FORMS + SUM_FORMS:
         monkeypatch.setattr(resample, name, recorded(name, getattr(resample, name)))
-    for name in ("average_pool", "add_upsampled", "add_upsampled_", "sum_pool", "upsample_shares"):
+    for name in ("average_pool", "add_upsampled", "add_upsampled_", "upsample_shares"):
         monkeypatch.setattr(kernels, name, recorded(f"kernels.{name}", getattr(kernels, name)))
     return ran
 
@@ -74,7 +80,7 @@ def test_every_form_of_the_sum(case: Case, layout: str, cpu: str) -> None:
     y, low = a_map(shape, cpu, layout), a_low_map(case, cpu, layout)
     expected = torch.from_numpy(double(y) + reference.upsample(double(low), kernel, shape[2:])).float()
     even = all(size % k == 0 for size, k in zip(shape[2:], kernel, strict=True))
-    names = [name for name in SUM_FORMS if even or name != "_add_by_broadcast"]
+    names = [name for name in SUM_FORMS if even or "broadcast" not in name]
     for form in (kernels.add_upsampled, kernels.add_upsampled_, *(getattr(resample, name) for name in names)):
         before = y.clone()
         total = form(before, low)
@@ -130,6 +136,7 @@ def test_forms_on_a_cpu(fused: bool, forms: list[str]) -> None:
         assert pooled(last) == ["_pool_by_sum_of_slices" if fused else "_pool_by_avg_pool2d"]
         assert pooled(odd) == pooled(odd.bfloat16()) == ["_pool_by_avg_pool2d"]
         assert added(even, low) == ["_add_by_broadcast" if fused else "_add_by_slices_"]
+        assert added(last, low) == ["_add_by_broadcast" if fused else "_add_by_broadcast_"]
         assert added(odd, small) == ["_add_by_interpolate" if fused else "_add_by_slices_"]
     assert pooled(even) == ["_pool_by_sum_of_slices" if fused else "_pool_by_avg_pool2d"]
     assert added(even, low) == ["_add_by_broadcast" if fused else "_add_by_interpolate"]
@@ -217,7 +224,7 @@ def test_forms_where_kernels_run(device: str, forms: list[str]) -> None:
     with torch.no_grad():
         assert add() == ["kernels.add_upsampled_"] and add(fused=True) == ["kernels.add_upsampled"]
         assert grad(x.clone()) == ["kernels.add_upsampled_"]
-    assert ran_by(forms, lambda: resample.upsampling_gradient(x, kernel)) == ["kernels.sum_pool"]
+    assert ran_by(forms, lambda: resample.upsampling_gradient(x, kernel)) == ["kernels.average_pool"]
     # what they do not cover
     assert ran_by(forms, lambda: resample.average_pool(x, (3, 1, 1))) == ["_pool_by_avg_pool2d"]
     assert ran_by(forms, lambda: resample.average_pool(x.double(), kernel)) == ["_pool_by_avg_pool2d"]
