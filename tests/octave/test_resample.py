@@ -300,9 +300,10 @@ def test_a_training_step_by_the_kernels(device: str, launches: Counter[str]) -> 
 
     found = gradients()
     assert launches["pool"] and launches["upsample_add"]
+    step = 1e-5 if device == "cpu" else 1e-3  # cuDNN rounds to TF32, and sums weight gradients in any order
     with kernels.enabled(False):
         for own, theirs in zip(found, gradients(), strict=True):
-            np.testing.assert_allclose(double(own), double(theirs), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(double(own), double(theirs), rtol=step, atol=step)
 
 
 def test_a_fused_network_gives_the_same(device: str, launches: Counter[str]) -> None:
