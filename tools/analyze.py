@@ -8,6 +8,9 @@ python tools/analyze.py clip --cfg CONFIG --index I [--out FILE] [--epochs N] [K
 python tools/analyze.py frequency --cfg CONFIG --checkpoint FILE [--against-cfg CONFIG --against-checkpoint FILE]
         [--list LIST] [--layers A,B] [--maps N] [--out FILE] [--json FILE] [KEY VALUE ...]
     which frequencies the maps of its stages hold, high and low group apart, beside those of its vanilla twin
+python tools/analyze.py roofline --cfg CONFIG --batch N [--card CARD] [--measured] [--flops F --bandwidth B]
+        [--alphas .125,.25,.5] [--mode training|inference] [--form operators|fused|joint] [--per-layer] [KEY VALUE ...]
+    a model, not a measurement: the least time of a step on a card, and the best possible efficiency of octave networks
 python tools/analyze.py zoo [--write FILE]
     the table of all Kinetics and ImageNet configurations beside the paper's printed numbers
 python tools/analyze.py golden --write FILE
@@ -25,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -44,6 +47,11 @@ from octvideo.data.decode import MissingDecoderError
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError, write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
+
+if TYPE_CHECKING or __package__:
+    from tools import analyze_roofline
+else:  # run as a script, which has this folder on its path
+    import analyze_roofline
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -333,6 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spectrum.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
     spectrum.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="MODEL. and OCTAVE. keys not of the twin")
     spectrum.set_defaults(run=frequency)
+    limit = commands.add_parser("roofline", help="a model of the least time of a step on a card")
+    analyze_roofline.add_arguments(limit)
+    limit.set_defaults(run=analyze_roofline.roofline)
     table = commands.add_parser("zoo", help="the table of configurations")
     table.add_argument("--write", type=Path, metavar="FILE")
     table.set_defaults(run=zoo)
@@ -344,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except (
         RequestError,
+        analyze_roofline.CardError,
         LayerError,
         ConfigError,
         ListError,
