@@ -40,6 +40,7 @@ from octvideo.engine.results import Results, results_of, view_facts
 from octvideo.engine.scores import Averaged
 from octvideo.engine.stop import Stopped, StopRequest
 from octvideo.engine.train import Precision, Progress, TrainingError, fit
+from octvideo.engine.unread import UnreadSteps
 from octvideo.models import checkpoint_activations
 from octvideo.octave import synchronize_norms
 
@@ -61,6 +62,7 @@ class _Run:
     meter: Meter
     failures: FailureBudget
     nonfinite: NonFinite
+    unread: UnreadSteps
     ema: Ema | None
     stop: StopRequest
     clips: Loader
@@ -80,7 +82,7 @@ class _Run:
         _restore_rank(state["ranks"], self.meter, self.world, self.log)
 
     def save(self) -> None:
-        self.nonfinite.read(self.meter)
+        self.unread.read()
         self.failures.share(self.progress.step)
         ranks = gather_objects({"random": _random_state(self.device), "meter": self.meter.state_dict()})
         if self.world.main:
@@ -182,6 +184,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     log = Log(folder, main=world.main, step=step, in_epoch=in_epoch)
     steps_per_epoch = len(clips)
     allowed = int(cfg.DATA.MAX_FAILED_FRACTION * steps_per_epoch * cfg.TRAIN.BATCH_SIZE)
+    meter, nonfinite = Meter(device, world), NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log)
     run = _Run(
         cfg,
         build.epochs_in_all(cfg, steps_per_epoch),
@@ -193,9 +196,10 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         build.optimizer(cfg, model),
         build.precision(cfg, device),
         Progress(),
-        Meter(device, world),
+        meter,
         FailureBudget(allowed, log, folder / "failed.txt"),
-        NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log),
+        nonfinite,
+        UnreadSteps(meter, nonfinite),
         Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
         StopRequest(),
         clips,
@@ -225,7 +229,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
                 precision=run.precision,
                 freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
                 failures=run.failures,
-                nonfinite=run.nonfinite,
+                unread=run.unread,
                 device=device,
                 world=world,
                 log=log,
@@ -487,7 +491,13 @@ def _parallel(cfg: CfgNode, model: nn.Module, world: World, device: torch.device
         synchronize_norms(model)
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    # Rank 0's buffers are the run's: they are broadcast before an evaluation and saved. In training no layer of ours reads
+    # them, so a broadcast in each step, DDP's default, is for networks of others.
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=bool(cfg.MODEL.FACTORY),
+    )
 
 
 def _profiler(run: _Run) -> contextlib.AbstractContextManager[StepProfiler | None]:

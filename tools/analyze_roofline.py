@@ -19,8 +19,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "fused": {"fused": True},
     "joint": {"fused": True, "joint": True},
 }
-NOTE = """A model, not a measurement. efficiency: the best possible one, ratio of multiply-adds over ratio of roofline times.
-memory-bound: share of the time in kernels that wait for memory. Assumptions: docs/gpu.md."""
+NOTE = """A model, not a measurement. efficiency: ratio of multiply-adds over ratio of roofline times, the best that kernels
+of this form can reach. memory-bound: share of the time in kernels that wait for memory. Assumptions: docs/gpu.md."""
 
 
 class CardError(ValueError):

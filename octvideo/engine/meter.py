@@ -1,4 +1,4 @@
-"""Loss, accuracy, speed and waiting time of a training run, summed on the device and read only when logged."""
+"""Loss, accuracy, speed and waiting time of a training run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from octvideo.engine.metrics import Mean
 
 
 class Meter:
-    """Numbers of an epoch, and of the interval since the last line of the log.
-
-    Sums stay on the device. `since_last` and `epoch` read them, nothing else does.
-    """
+    """Numbers of an epoch, and of the interval since the last line of the log."""
 
     def __init__(self, device: torch.device, world: World) -> None:
         self.device, self.world = device, world
@@ -34,7 +31,7 @@ class Meter:
         """Start the times. They are of this process: those of an earlier one are not known."""
         self.wait = self.interval_waited = 0.0
         self.started = self.interval_started = time.perf_counter()
-        self.steps = self.interval_steps = 0
+        self.steps = self.interval_steps = self.clips = 0
         self.before = self.loss.count
         self.interval_before = self.interval_loss.count
         self.shown = ""
@@ -63,24 +60,15 @@ class Meter:
             batch = next(batches)
             self.wait += time.perf_counter() - asked
             self.steps += 1
+            self.clips += len(batch.labels)
             yield batch
 
-    def add(self, loss: Tensor, correct: Tensor, clips: int, finite: Tensor) -> None:
-        """Count a step: mean loss [] and number of right answers [] of its clips.
-
-        finite: bool [], False for a step that was skipped. It adds nothing to the sums, and its clips are counted until
-        `leave_out`.
-        """
-        zero = torch.zeros((), device=loss.device)
-        loss, correct = torch.where(finite, loss.detach() * clips, zero), torch.where(finite, correct, zero)
+    def add(self, loss: Tensor, correct: Tensor, clips: int, grad_norm: float) -> None:
+        """Count a step that was taken: mean loss [] and number of right answers [] of this rank's clips."""
+        self.grad_norm = grad_norm
         for losses, right in ((self.loss, self.correct), (self.interval_loss, self.interval_correct)):
-            losses.add(loss, clips)
+            losses.add(loss * clips, clips)
             right.add(correct, clips)
-
-    def leave_out(self, clips: int) -> None:
-        """Take the clips of a skipped step out of the counts."""
-        for mean in (self.loss, self.correct, self.interval_loss, self.interval_correct):
-            mean.count -= clips
 
     def since_last(self) -> dict[str, float]:
         """Return numbers over all ranks since the last call."""
@@ -113,7 +101,7 @@ class Meter:
     def line(self) -> str:
         """Return this rank's numbers for the bar: loss and accuracy of the epoch as of the last line of the log."""
         seconds = time.perf_counter() - self.started
-        speed = (self.loss.count - self.before) * self.world.size / seconds
+        speed = self.clips * self.world.size / seconds
         return f"{self.shown}{speed:.1f} clips/s, data wait {100 * self.wait / seconds:.0f} %"
 
 

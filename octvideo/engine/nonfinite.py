@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped on the device, reported late, and after some of them the end of the run."""
+"""Steps whose gradient is not finite: skipped on the device, reported, and after some of them the end of the run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,63 +52,23 @@ def _flat(buffers: list[Tensor]) -> Tensor:
     return torch.cat([buffer.reshape(-1) for buffer in buffers])
 
 
-class StepMeter(Protocol):
-    """Sums of an epoch, which counted every step as one that was taken."""
-
-    def leave_out(self, clips: int) -> None: ...
-
-    grad_norm: float
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """A step whose numbers are still on the device. scale: what its loss was multiplied with; None without a scaler."""
-
-    step: int
-    lr: float
-    videos: Tensor
-    loss: Tensor
-    grad_norm: Tensor
-    scale: Tensor | None
-
-
 class NonFinite:
-    """Report steps that were skipped, at most `allowed` in the run. Each leaves nonfinite_STEP.json in `folder`.
+    """Report skipped steps, at most `allowed` in the run. Each leaves nonfinite_STEP.json in `folder`.
 
-    A step is added with its numbers on the device, and read at the next line of the log or the next checkpoint, because
-    a read waits for the device. path_of: a video's index in the list -> its path.
+    path_of: a video's index in the list -> its path.
     """
 
     def __init__(self, allowed: int, folder: Path, path_of: Callable[[int], str], log: Log) -> None:
         self.allowed, self.folder, self.path_of, self.log = allowed, folder, path_of, log
         self.skipped = 0
-        self._unread: list[_Unread] = []
 
-    def add(
-        self, step: int, *, lr: float, videos: Tensor, loss: Tensor, grad_norm: Tensor, scale: Tensor | None = None
-    ) -> None:
-        """videos [N], loss []: of this rank. grad_norm []: over all ranks. scale []: of the loss."""
-        self._unread.append(_Unread(step, lr, videos, loss, grad_norm, scale))
+    def report(self, step: int, *, lr: float, loss: float, grad_norm: float, videos: list[int], scale: float) -> None:
+        """Called by all ranks for the same skipped step. Raises NonFiniteError on all of them for one step too many.
 
-    def read(self, meter: StepMeter) -> None:
-        """Read the steps added since the last call: report those that were skipped and take them out of the meter's counts.
-
-        Called by all ranks at the same step. Raises NonFiniteError on all of them where one step too many was skipped.
+        loss and videos: of this rank. scale: what the loss was multiplied with. If that is above 1 and the losses are
+        finite, the overflow is how a scaler finds its scale: logged and not counted.
         """
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        for taken, grad_norm in zip(unread, torch.stack([step.grad_norm for step in unread]).tolist(), strict=True):
-            if math.isfinite(grad_norm):
-                meter.grad_norm = grad_norm
-            else:
-                meter.leave_out(len(taken.videos))
-                self._report(taken, grad_norm)
-
-    def _report(self, skipped: _Unread, grad_norm: float) -> None:
-        """If the losses are finite and were scaled, the overflow is how a scaler finds its scale: logged and not counted."""
-        step, lr, scale = skipped.step, skipped.lr, 1.0 if skipped.scale is None else float(skipped.scale)
-        parts = gather_objects((float(skipped.loss), [self.path_of(video) for video in skipped.videos.tolist()]))
+        parts = gather_objects((loss, [self.path_of(video) for video in videos]))
         losses, paths = [loss for loss, _ in parts], [path for _, part in parts for path in part]
         if scale > 1 and all(map(math.isfinite, losses)):
             self.log.event("overflow", step, {"scale": scale})

@@ -19,10 +19,11 @@ from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log, bar, duration
 from octvideo.engine.meter import Meter
 from octvideo.engine.metrics import topk_correct
-from octvideo.engine.nonfinite import NonFinite, RunningStatistics
+from octvideo.engine.nonfinite import RunningStatistics
 from octvideo.engine.optim import SGD, set_lr
 from octvideo.engine.prefetch import on_device
 from octvideo.engine.stop import Stopped
+from octvideo.engine.unread import UnreadStep, UnreadSteps
 
 
 class TrainingError(RuntimeError):
@@ -165,7 +166,7 @@ def fit(
     precision: Precision,
     freeze_norm_stats: bool,
     failures: FailureBudget,
-    nonfinite: NonFinite,
+    unread: UnreadSteps,
     device: torch.device,
     world: World,
     log: Log,
@@ -183,8 +184,8 @@ def fit(
     freeze_norm_stats: norms use their running statistics and leave them unchanged.
     after_step: called when progress has been updated (checkpoint, stop). after_epoch: called with the epoch's numbers
     (validation, checkpoint); if it raises Stopped, progress returns to the epoch's last step, so that a resumed run ends the
-    epoch again. failures: collects replaced clips; nonfinite: skipped steps. Both raise if there are too many. Raises
-    TrainingError for a clip that could not be replaced.
+    epoch again. failures: collects replaced clips. unread: collects the steps' numbers for `meter`. Both raise if
+    there are too many failures or skipped steps. Raises TrainingError for a clip that could not be replaced.
     """
     statistics = RunningStatistics(model)
     first = progress.epoch + progress.step_in_epoch / max(1, _steps(loader, progress.epoch, 0))
@@ -213,12 +214,10 @@ def fit(
                 progress.step += 1
                 progress.step_in_epoch += 1
                 done = epoch + progress.step_in_epoch / steps
-                meter.add(step.loss, topk_correct(step.logits, labels, 1).sum(), len(labels), step.finite)
-                nonfinite.add(
-                    progress.step, lr=lr, videos=batch.videos, loss=step.loss, grad_norm=step.grad_norm, scale=scale
-                )
+                correct = topk_correct(step.logits, labels, 1).sum()
+                unread.add(UnreadStep(progress.step, lr, batch.videos, step.loss, correct, step.grad_norm, scale))
                 if progress.step % log_period == 0 or progress.step_in_epoch == last_step:
-                    nonfinite.read(meter)
+                    unread.read()
                     failures.share(progress.step)
                     values = {"epoch": done, "lr": lr, **meter.since_last()}
                     log.event("train", progress.step, values if scale is None else {**values, "scale": float(scale)})

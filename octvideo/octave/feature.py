@@ -1,4 +1,4 @@
-"""Two-frequency feature maps and the laws of pooling and upsampling between the frequencies.
+"""Two-frequency feature maps. resample.py has pooling and upsampling between the frequencies.
 
 A plain tensor means one frequency; `Octave(high, low)` means two. Layers take and give either.
 Axes: N batch, C channels, T frames, H W space (no T in 2D).
@@ -6,16 +6,18 @@ Axes: N batch, C channels, T frames, H W space (no T in 2D).
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from octvideo.octave import kernels
+from octvideo.octave.resample import add_upsampled as add_upsampled
+from octvideo.octave.resample import average_pool as average_pool
+from octvideo.octave.resample import low_size as low_size
+from octvideo.octave.resample import pooling_gradient as pooling_gradient
+from octvideo.octave.resample import upsample as upsample
+from octvideo.octave.resample import upsampling_gradient as upsampling_gradient
 
 
 class Octave(NamedTuple):
@@ -74,138 +76,6 @@ def channel_order(parts: Parts) -> Tensor | None:
     lows = [start + high + c for start, (high, low) in zip(starts, parts, strict=True) for c in range(low)]
     order = highs + lows
     return None if order == list(range(len(order))) else torch.tensor(order)
-
-
-def low_size(size: Sequence[int], pool: Sequence[int]) -> tuple[int, ...]:
-    """Size of the low map that belongs to a high map: ceil(size / pool) in each dimension."""
-    return tuple(math.ceil(s / p) for s, p in zip(size, pool, strict=True))
-
-
-def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Average pooling with stride = kernel, ceil_mode, over the values that exist: size -> ceil(size / kernel).
-
-    x: [N, C, H, W] with kernel (kh, kw) or [N, C, T, H, W] with kernel (kt, kh, kw). An odd size keeps its last
-    row as it is, and a size of 1 stays 1.
-    """
-    if all(k == 1 for k in kernel):
-        return x
-    if x.shape[1] == 0:
-        return x.new_empty(*x.shape[:2], *low_size(x.shape[2:], kernel))
-    if max(kernel) <= 2 and kernels.usable(x):
-        return kernels.average_pool(x, kernel)
-    if _slices_are_faster(x, kernel):
-        return _average_slices(x, kernel)
-    if x.dim() == 4:
-        return _average_pool2d(x, tuple(kernel))
-    time, height, width = kernel
-    # Space and time are pooled apart, both by avg_pool2d: averages over boxes separate, and avg_pool3d has neither
-    # a half-precision kernel on CPUs nor a channels_last_3d one.
-    if (height, width) != (1, 1):
-        x = _pool_space(x, (height, width))
-    if time != 1:
-        # [N, C, T, H, W] -> [N, C, T, H*W], a view in both memory formats
-        x = _average_pool2d(x.flatten(3), (time, 1)).unflatten(3, x.shape[3:])
-    return x
-
-
-def _pool_space(x: Tensor, kernel: tuple[int, int]) -> Tensor:
-    n, c, t = x.shape[:3]
-    if x.stride(1) == 1:
-        # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and its pooled map goes back as one
-        pooled = _average_pool2d(x.transpose(1, 2).flatten(0, 1), kernel)
-        return pooled.unflatten(0, (n, t)).transpose(1, 2)
-    # [N, C, T, H, W] -> [N, C*T, H, W]
-    return _average_pool2d(x.flatten(1, 2), kernel).unflatten(1, (c, t))
-
-
-def _average_pool2d(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
-
-
-def _slices_are_faster(x: Tensor, kernel: Sequence[int]) -> bool:
-    """Of a contiguous map on a CPU avg_pool2d takes 7 times as long; with a gradient to follow slices would cost more."""
-    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.stride(1) != 1
-    whole = all(k == 1 or (k == 2 and size % 2 == 0) for size, k in zip(x.shape[2:], kernel, strict=True))
-    return plain and whole and not _watched()
-
-
-def _watched() -> bool:
-    """Does autograd, a compiler or a tracer follow each operator? Then a few plain ones are best."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _average_slices(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Space, then time, and each sum in the order of avg_pool2d: the same numbers bit for bit."""
-    doubled = [axis for axis, k in enumerate(kernel, start=2) if k == 2]
-    space = x.dim() - 2
-    for axes in ([a for a in doubled if a >= space], [a for a in doubled if a < space]):
-        corners = [x]
-        for axis in axes:
-            corners = [every(corner, axis, 2, place) for corner in corners for place in (0, 1)]
-        if axes:
-            x = corners[0] + corners[1]
-            for corner in corners[2:]:
-                x += corner
-            x *= 1 / len(corners)
-    return x
-
-
-def every(x: Tensor, axis: int, step: int, first: int) -> Tensor:
-    """One value in each window of `step` along the axis, the one at `first`: a view."""
-    return x if step == 1 else x[(slice(None),) * axis + (slice(first, None, step),)]
-
-
-def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest upsampling of a low map to the high map's size: y[i] = x[i // 2], odd sizes cropped.
-
-    F.interpolate computes floor(i * ceil(s / 2) / s) for the index in float32, which is i // 2 up to a size of 4188.
-    """
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="nearest")
-
-
-def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
-    """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place; CPUs need no upsampled map."""
-    if _watched():
-        return y + upsample(low, y.shape[2:])
-    if kernels.usable(y, low):
-        return kernels.add_upsampled_(y, low)
-    if y.device.type != "cpu":
-        return y.add_(upsample(low, y.shape[2:]))
-    doubled = [size != small for size, small in zip(y.shape[2:], low.shape[2:], strict=True)]
-    # one corner of all windows after the other; at an odd border there are fewer of the later ones
-    for corner in itertools.product(*((0, 1) if double else (None,) for double in doubled)):
-        part = y
-        for axis, place in enumerate(corner, start=2):
-            part = part if place is None else every(part, axis, 2, place)
-        size = part.shape[2:]
-        part += low[tuple(map(slice, (None, None, *size)))]
-    return y
-
-
-def pooling_gradient(grad: Tensor, size: Sequence[int], kernel: Sequence[int], added_to: Tensor | None) -> Tensor:
-    """Gradient of `average_pool` of a map of this size, on top of what the map has already, which it may take the place of.
-
-    grad: of the pooled map.
-    """
-    shares = _times_values(grad, size, kernel, -1)
-    return upsample(shares, size) if added_to is None else add_upsampled(added_to, shares)
-
-
-def upsampling_gradient(grad: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Gradient of `upsample` by kernel: of each window the sum, its mean times its values. grad: of the upsampled map."""
-    pooled = average_pool(grad, kernel)
-    return pooled if pooled is grad else _times_values(pooled, grad.shape[2:], kernel, 1)
-
-
-def _times_values(x: Tensor, size: Sequence[int], kernel: Sequence[int], power: int) -> Tensor:
-    """x * (values in each window of a map of this size) ** power; the last window of an odd size has fewer."""
-    x = x * math.prod(kernel) ** power
-    for axis, (s, k) in enumerate(zip(size, kernel, strict=True), start=2):
-        if s % k:
-            x.narrow(axis, -1, 1).mul_(float(k) ** -power)
-    return x
 
 
 def lift(fn: Callable[..., Tensor], *features: Feature) -> Feature:

@@ -125,25 +125,92 @@ def test_an_octave_convolution_as_one_kernel(octave: Recorder) -> None:
     assert backward.flops == 2 * forward.flops == 4 * (16 * HH + 4 * (HL + FROM_LOW))
 
 
+def convolve(x: Tensor, c_out: int) -> Tensor:
+    """A 1x1 convolution."""
+    return F.conv2d(x, torch.empty(c_out, x.shape[1], 1, 1, device="meta"))
+
+
 def test_an_upsampled_map_is_read_where_it_is_small() -> None:
-    convolution = nn.Conv2d(4, 8, 1, bias=False).to("meta")
     recorder = Recorder()
     with recorder, torch.no_grad():
-        recorder.keep([convolution(F.interpolate(torch.empty(1, 4, 2, 2, device="meta"), scale_factor=2.0))])
+        recorder.keep([convolve(F.interpolate(torch.empty(1, 4, 2, 2, device="meta"), scale_factor=2.0), 8)])
     (kernel,) = fuse(recorder.operators, recorder.kept)
     assert kernel.nbytes / 4 == 4 * 4 + 4 * 8 + 8 * 16
     assert [one.nbytes / 4 for one in separate(recorder.operators)] == [16 + 64, 64 + 32 + 128]
 
 
-def test_an_operator_does_not_join_a_kernel_that_needs_its_inputs() -> None:
-    """x + conv(x): the sum joins the convolution, which reads x, although x's kernel made an input of the same size."""
-    first, second = (nn.Conv2d(8, 8, 1, bias=False).to("meta") for _ in range(2))
+def test_an_operator_does_not_join_a_kernel_that_its_inputs_need() -> None:
+    """[x, conv(x)] joins the convolution, although the kernel of x made its largest input."""
     recorder = Recorder()
     with recorder, torch.no_grad():
-        x = first(torch.empty(1, 8, 4, 4, device="meta"))
-        recorder.keep([x + second(x)])
-    kernels = values(fuse(recorder.operators, recorder.kept))
-    assert kernels == [("convolution", "", "forward", 128 + 64 + 128), ("convolution + add", "", "forward", 320)]
+        x = convolve(torch.empty(1, 8, 4, 4, device="meta"), 8)
+        recorder.keep([torch.cat([x, convolve(x, 4)], dim=1)])
+    assert values(fuse(recorder.operators, recorder.kept)) == [
+        ("convolution", "", "forward", 128 + 64 + 128),
+        ("convolution + cat", "", "forward", 128 + 32 + 192),
+    ]
+
+
+def test_what_a_kernel_needs_by_a_later_operator_counts_too() -> None:
+    """The second kernel needs the first, and since the first [a, c] the third: [c, b] cannot join the third."""
+    recorder = Recorder()
+    with recorder, torch.no_grad():
+        x = torch.empty(1, 8, 4, 4, device="meta")
+        a = convolve(x, 32)
+        b = convolve(a, 8)
+        c = convolve(x, 16)
+        recorder.keep([torch.cat([a, c], dim=1), torch.cat([c, b], dim=1)])
+    names = [kernel.name for kernel in fuse(recorder.operators, recorder.kept)]
+    assert names == ["convolution + cat", "convolution + cat", "convolution"]
+
+
+def test_an_operator_between_modules_belongs_to_their_parent() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sigmoid, self.relu = nn.Sigmoid(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(x * self.sigmoid(x))
+
+    recorder = record(Gate(), torch.empty(10, device="meta"))
+    layers = [(one.name.removeprefix("aten."), one.layer) for one in recorder.operators]
+    assert layers == [
+        ("sigmoid", "sigmoid"),
+        ("mul", ""),
+        ("relu", "relu"),
+        ("threshold_backward", "relu"),
+        ("mul", ""),
+        ("mul", ""),
+        ("sigmoid_backward", "sigmoid"),
+        ("add", "sigmoid"),  # the sum of x's two gradients, in autograd's engine
+    ]
+
+
+def test_an_expanded_tensor_is_read_where_it_is_small() -> None:
+    recorder = Recorder()
+    with recorder:
+        torch.empty(1, 8, device="meta").expand(4, 8) + torch.empty(4, 8, device="meta")
+    assert [kernel.nbytes / 4 for kernel in separate(recorder.operators)] == [8 + 32 + 32]
+
+
+def test_an_upsampled_map_that_is_changed_in_place_is_a_new_map() -> None:
+    recorder = Recorder()
+    with recorder, torch.no_grad():
+        x = convolve(torch.empty(1, 8, 2, 2, device="meta"), 4)
+        recorder.keep([convolve(F.interpolate(x, scale_factor=2.0).mul_(2.0), 8)])
+    assert values(fuse(recorder.operators, recorder.kept)) == [
+        ("convolution + mul_", "", "forward", 32 + 32 + 64),
+        ("convolution", "", "forward", 64 + 32 + 128),
+    ]
+
+
+def test_tensors_that_are_gone_are_not_taken_for_new_ones() -> None:
+    recorder = Recorder()
+    with recorder:
+        for _ in range(10):
+            torch.empty(4, device="meta").relu()
+    assert len({one.writes[0].storage for one in recorder.operators}) == 10
 
 
 def test_views_and_allocations_move_nothing() -> None:

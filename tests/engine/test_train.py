@@ -20,6 +20,7 @@ from octvideo.engine.nonfinite import NonFinite, NonFiniteError
 from octvideo.engine.optim import SGD, sgd
 from octvideo.engine.stop import Stopped, StopRequest
 from octvideo.engine.train import Precision, Progress, TrainingError, fit, train_step
+from octvideo.engine.unread import UnreadSteps
 from octvideo.models import NETWORKS, create, with_octave
 
 CPU = torch.device("cpu")
@@ -199,12 +200,13 @@ def run(
         return 0.1
 
     log = Log(tmp_path, main=True, step=progress.step)
+    meter = meter or Meter(CPU, World())
     fit(
         net,
         SGD(net.parameters(), lr=1.0),
         loader,
         progress=progress,
-        meter=meter or Meter(CPU, World()),
+        meter=meter,
         epochs=epochs,
         lr_at=lr_at,
         prepare=lambda clips: clips,
@@ -215,7 +217,7 @@ def run(
         precision=Precision(),
         freeze_norm_stats=False,
         failures=FailureBudget(allowed, log, tmp_path / "failed.txt"),
-        nonfinite=NonFinite(nonfinite, tmp_path, "clips/{}.mp4".format, log),
+        unread=UnreadSteps(meter, NonFinite(nonfinite, tmp_path, "clips/{}.mp4".format, log)),
         log=log,
         log_period=log_period,
         after_step=after_step,
@@ -427,13 +429,14 @@ def test_between_two_lines_of_the_log_nothing_is_read_from_the_device(
 
     clips = torch.randint(256, (4, 1, 3, 4, 16, 16), dtype=torch.uint8)
     steps = [Batch(clips, torch.tensor([0, 1, 2, 3])) for _ in range(8)]
+    meter = Meter(CPU, World())
     with reads:
         fit(
             model,
             sgd(model, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, weight_decay_norm=0.0),
             Loader(*steps),
             progress=progress,
-            meter=Meter(CPU, World()),
+            meter=meter,
             epochs=1,
             lr_at=lambda epoch: 0.1 / (1 + epoch),
             prepare=partial(normalize, mean=0.45, std=0.225),
@@ -444,7 +447,7 @@ def test_between_two_lines_of_the_log_nothing_is_read_from_the_device(
             precision=Precision(accumulate=2, clip_norm=1.0, dtype=dtype, scaler=scaler),
             freeze_norm_stats=False,
             failures=FailureBudget(0, log, tmp_path / "failed.txt"),
-            nonfinite=NonFinite(0, tmp_path, str, log),
+            unread=UnreadSteps(meter, NonFinite(0, tmp_path, str, log)),
             log=log,
             log_period=4,
             after_step=after_step,
