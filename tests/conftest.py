@@ -12,6 +12,7 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before any `skipif`, which would hide a missing device
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests with the marker `cuda` if there is no CUDA device; fail them instead if OCTVIDEO_REQUIRE_CUDA=1."""
     if item.get_closest_marker("cuda") is None or torch.cuda.is_available():

@@ -106,9 +106,7 @@ def tests(emit: Emit, toy: bool) -> None:
     plain += ["-o", "addopts=--strict-markers --import-mode=importlib", "-p", "no:cacheprovider", "-m", "cuda"]
     show = ["--collect-only", "-q"] if toy else [*workers, "-v", "-rfE", "--tb=short", "--durations=10"]
     environment = {**os.environ, "OCTVIDEO_REQUIRE_CUDA": "1"}
-    # Collecting all files takes longer than running these tests, and other files may need packages that are missing here.
-    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if MARKED.search(path.read_text())]
-    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", *plain, *show, *files]
+    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", *plain, *show, *_marked_files()]
     status = 0
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -121,6 +119,19 @@ def tests(emit: Emit, toy: bool) -> None:
         status = process.wait()
     if status not in (0, 1):  # 1: some tests failed, which the records say
         raise BenchmarkError(f"pytest ended with status {status}: {' '.join(command)}")
+
+
+def _marked_files() -> list[str]:
+    """Return the files with tests for CUDA.
+
+    Collecting all files takes longer than these tests do, and other files may need packages that a GPU machine lacks.
+    """
+
+    def is_marked(path: Path) -> bool:
+        sources = (path, path.with_name("conftest.py"))
+        return any(source.is_file() and MARKED.search(source.read_text()) for source in sources)
+
+    return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if is_marked(path)]
 
 
 def parse_test(line: str, *, collected: bool = False) -> dict[str, Any] | None:
