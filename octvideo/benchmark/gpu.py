@@ -58,6 +58,7 @@ PARTS = (
     Part("inference_graphs", 60, 15),
     Part("limit", 40, 15),
     Part("motion", 90, 70),
+    Part("training_search", 60, 0),
     Part("slowfast", 80, 0),
 )
 """In the order of importance. The reserves and the limit of the first part add up to less than the default budget."""

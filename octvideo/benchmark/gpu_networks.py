@@ -68,7 +68,7 @@ TOY_SIZE = Size(
 class Entry:
     """One row. kind: octvideo, naive or pytorchvideo. fused: octvideo's networks are in their inference form.
 
-    kernels: whether the Triton kernels may run (eager backend).
+    kernels: whether the Triton kernels may run (eager backend). search: cuDNN measures its algorithms in the first step.
     beside: labels of earlier entries of the same plan, which are measured again in the same rounds.
     """
 
@@ -78,6 +78,7 @@ class Entry:
     kind: str = "octvideo"
     fused: bool = False
     kernels: bool = True
+    search: bool = False
     beside: tuple[str, ...] = ("vanilla",)
 
     @property
@@ -121,6 +122,7 @@ PLANS: dict[str, list[list[Entry]]] = {
     ],
     "training_graphs": [_networks("training", "graphs", alphas=ALPHAS, others=False)],
     "inference_graphs": [_networks("inference", "graphs", fused=True, alphas=ALPHAS, others=False)],
+    "training_search": [[Entry("training", "eager", alpha, search=True) for alpha in (0.0, 0.25, 0.5)]],
     "slowfast": [
         _networks("training", "eager", alphas=(0.25,), others=False),
         _networks("training", "compiled", alphas=(0.25,), others=False),
@@ -134,8 +136,6 @@ def measure_part(name: str, emit: Emit, toy: bool) -> None:
     size = TOY_SIZE if toy else SLOWFAST_SIZE if name == "slowfast" else I3D_SIZE
     if toy:
         torch.set_num_threads(1)
-    else:
-        torch.backends.cudnn.benchmark = True
     with _many_networks():
         failed = [error for entries in PLANS[name] for error in _measure_all(entries, size, emit, toy)]
     if failed:
@@ -145,6 +145,8 @@ def measure_part(name: str, emit: Emit, toy: bool) -> None:
 def _measure_all(entries: Sequence[Entry], size: Size, emit: Emit, toy: bool) -> Iterator[str]:
     """Measure and emit one list of a plan; yield the errors."""
     runs: dict[str, _Run] = {}
+    # One value for each process: cuDNN keeps the algorithm that it has chosen for a shape.
+    torch.backends.cudnn.benchmark = entries[0].search
     for entry in entries:
         if toy and not _is_in_toy(entry):
             continue

@@ -26,7 +26,8 @@ DEFINITIONS = """\
 - MiB: what a step allocates above weights and momenta, at its peak. No figure for CUDA graphs, which keep their memory.
 - kernels: GPU kernels of one step. launches: calls that start them (one call starts a CUDA graph). operators: `aten::`
   calls on the host, nested ones included. syncs: calls per step that make the host wait for the device.
-- first step: seconds of the first step, with compiling and cuDNN's search for the fastest algorithms.
+- first step: seconds of the first step, with compiling. cuDNN search: torch.backends.cudnn.benchmark is True, so the first
+  step also measures cuDNN's algorithms; in all other tables it is False, which is torch's default.
 - time ratio: over the vanilla network, round by round. efficiency: ratio of multiply-adds over time ratio; 1 means that time
   follows the multiply-adds. limit: the efficiency that a roofline MODEL of this card predicts; it is not a measurement.
 - The naive form (four convolutions per layer) and pytorchvideo's network are never fused."""
@@ -122,15 +123,17 @@ def _limits(report: Record) -> Limits:
     return {(r["mode"], r["backend"], r["alpha"]): r["efficiency"] for r in (part["records"] if part else [])}
 
 
-def _networks(title: str, records: Sequence[Record], limits: Limits) -> str:
+def _networks(name: str, records: Sequence[Record], limits: Limits) -> str:
     """Write one table for each mode, backend and form, in the order in which they were measured."""
     if not records:
-        return f"## {title}\n\n{MISSING}"
+        return f"## {name}\n\n{MISSING}"
     tables: dict[str, list[Record]] = {}
     for record in records:
         fused = (", fused" if record["fused"] else ", as built") if record["mode"] == "inference" else ""
-        tables.setdefault(f"{record['mode']}, {record['backend']}{fused}, batch {record['batch']}", []).append(record)
-    return "\n\n".join([f"## {title}", *(f"### {name}\n\n{_rows(rows, limits)}" for name, rows in tables.items())])
+        search = ", cuDNN search" if record["search"] else ""
+        title = f"{record['mode']}, {record['backend']}{fused}{search}, batch {record['batch']}"
+        tables.setdefault(title, []).append(record)
+    return "\n\n".join([f"## {name}", *(f"### {title}\n\n{_rows(rows, limits)}" for title, rows in tables.items())])
 
 
 COLUMNS = (

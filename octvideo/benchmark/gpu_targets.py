@@ -61,10 +61,11 @@ def median(record: Record) -> float:
 
 
 def form(record: Record) -> str:
-    """Return the form of a record: backend, fused or as built, kernels."""
+    """Return the form of a record: backend, fused or as built, kernels off, search for cuDNN's algorithms."""
     inference = ("fused" if record["fused"] and record["kind"] == "octvideo" else "as built",)
     parts = [record["backend"], *(inference if record["mode"] == "inference" else ())]
-    return ", ".join([*parts, *([] if record["kernels"] else ["kernels off"])])
+    options = ([] if record["kernels"] else ["kernels off"]) + (["cuDNN search"] if record["search"] else [])
+    return ", ".join([*parts, *options])
 
 
 def select(records: Sequence[Record], mode: str, kind: str, alpha: float, backend: str | None = None) -> list[Record]:

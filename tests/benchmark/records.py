@@ -7,8 +7,21 @@ def network(label: str, mode: str, backend: str, ms: float, **fields: Any) -> di
     """A record whose three rounds are 1 % apart."""
     alpha = float(label.split()[1].strip(",")) if label.startswith("alpha") else 0.0
     kind = "naive" if "naive" in label else "pytorchvideo" if label == "pytorchvideo" else "octvideo"
-    record = {"label": label, "mode": mode, "backend": backend, "alpha": alpha, "kind": kind, "fused": False}
-    record |= {"kernels": "kernels off" not in label, "batch": 16, "macs": round(1e9 * (1 - 0.5 * alpha))}
+    record = {
+        "label": label,
+        "mode": mode,
+        "backend": backend,
+        "alpha": alpha,
+        "kind": kind,
+        "fused": False,
+        "search": False,
+    }
+    record |= {
+        "kernels": "kernels off" not in label,
+        "search": False,
+        "batch": 16,
+        "macs": round(1e9 * (1 - 0.5 * alpha)),
+    }
     seconds = [ms / 1000 * factor for factor in (0.99, 1.0, 1.01)]
     record |= {"seconds": seconds, "host_seconds": seconds, "clips_per_s": 16000 / ms, "first_step_s": 12.0}
     record |= {"time_ratios": {}, "peak_memory": 2**30, "kernels_run": 1000, "launches": 1001, "operators": 5000}
