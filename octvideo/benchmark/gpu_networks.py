@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def _measure_all(entries: Sequence[Entry], size: Size, emit: Emit, toy: bool) ->
         try:
             record = _measure(entry, size, runs)
         except Exception as error:  # noqa: BLE001 (one network's failure, such as out of memory, is its result)
-            record = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
+            print(trace := traceback.format_exc())
+            record = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300], "trace": trace[-4000:]}
             yield f"{entry.label}: {record['error']}"
         graphs = {name: count - before[name] for name, count in _compiled_graphs().items()}
         emit({"label": entry.label, **vars(entry), "batch": size.batch, **graphs, **record})

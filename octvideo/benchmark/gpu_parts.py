@@ -98,16 +98,19 @@ def _output(command: list[str]) -> str | None:
 
 
 def tests(emit: Emit, toy: bool) -> None:
-    """Run the tests with the marker `cuda`; emit one record per test. A toy run collects them only."""
+    """Run the tests with the marker `cuda`; emit one record per test, and pytest's other output if some failed.
+
+    A toy run collects them only.
+    """
     # xdist without execnet would stop pytest
     parallel = all(importlib.util.find_spec(name) for name in ("xdist", "execnet"))
     workers = ["-n", "4", "--dist", "worksteal"] if parallel else []
     plain = [] if parallel else ["-p", "no:xdist", "-p", "no:xdist.looponfail"]
     plain += ["-o", "addopts=--strict-markers --import-mode=importlib", "-p", "no:cacheprovider", "-m", "cuda"]
     show = ["--collect-only", "-q"] if toy else [*workers, "-v", "-rfE", "--tb=short", "--durations=10"]
-    environment = {**os.environ, "OCTVIDEO_REQUIRE_CUDA": "1"}
+    environment = {**os.environ, "OCTVIDEO_REQUIRE_CUDA": "1", "COLUMNS": "250"}  # pytest cuts messages at the width
     command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", *plain, *show, *_marked_files()]
-    status = 0
+    output = []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -116,7 +119,10 @@ def tests(emit: Emit, toy: bool) -> None:
                 emit(record)
             if not record or record["outcome"] in ("FAILED", "ERROR"):
                 print(line)
+                output.append(line)
         status = process.wait()
+    if status != 0:
+        emit({"output": "\n".join(output)[-20000:]})
     if status not in (0, 1):  # 1: some tests failed, which the records say
         raise BenchmarkError(f"pytest ended with status {status}: {' '.join(command)}")
 

@@ -52,7 +52,8 @@ def outcomes_of_tests(report: Record) -> dict[str, Record]:
     """Return the last outcome of each test, with the failure's message."""
     merged: dict[str, Record] = {}
     for record in (part_of(report, "tests") or {"records": []})["records"]:
-        merged[record["test"]] = {**merged.get(record["test"], {}), **record}
+        if "test" in record:
+            merged[record["test"]] = {**merged.get(record["test"], {}), **record}
     return merged
 
 

@@ -60,6 +60,7 @@ def complete() -> dict[str, Any]:
         {"test": "tests/a.py::b", "outcome": "PASSED"},
         {"test": "tests/a.py::c", "outcome": "FAILED"},
         {"test": "tests/a.py::c", "outcome": "FAILED", "message": "assert 1 == 2"},
+        {"output": "    assert 1 == 2"},
     ]
     demo = {"videos": 128, "epochs": 30, "seconds": 40.0, "train_clips_per_s": 900.0, "test_clips_per_s": 2000.0}
     limit = {"mode": "training", "backend": "eager", "alpha": 0.25, "seconds": 0.05, "efficiency": 0.97}

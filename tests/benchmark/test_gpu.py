@@ -133,3 +133,8 @@ def test_a_toy_run_of_all_parts(tmp_path: Path) -> None:
     report, text = toy_report(tmp_path, "--budget", "3000")
     assert [part["name"] for part in report["parts"]] == [part.name for part in PARTS]
     assert "SlowFast" in text and "oct_i3d_tiny" in text
+    records = [record for part in report["parts"] for record in part["records"] if record.get("backend") == "compiled"]
+    measured = [record for record in records if "label" in record]
+    assert {record["mode"] for record in measured} == {"training", "inference"}
+    # blocks that the vanilla and the octave network have in common are compiled once
+    assert all(record["compiled_graphs"] > 0 and record["graph_breaks"] == 0 for record in measured)

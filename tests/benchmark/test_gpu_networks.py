@@ -62,7 +62,8 @@ def test_one_network_s_failure_is_its_record(
     with pytest.raises(BenchmarkError, match="1 of the networks failed: alpha 0.25, naive: OutOfMemoryError: CUDA"):
         measure_part("inference_eager", records.append, toy=True)
     by_label = {(record["label"], record["fused"]): record for record in records}
-    assert by_label["alpha 0.25, naive", True]["error"] == "OutOfMemoryError: CUDA out of memory."
+    failed = by_label["alpha 0.25, naive", True]
+    assert failed["error"] == "OutOfMemoryError: CUDA out of memory." and "in failing" in failed["trace"]
     measured = [record for record in records if "seconds" in record]
     assert {"vanilla", "alpha 0.25", "alpha 0.25, kernels off"} == {record["label"] for record in measured}
     assert len(measured) == 5  # the first three fused, two as built
