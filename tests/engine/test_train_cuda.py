@@ -18,6 +18,7 @@ from octvideo.engine.log import Log
 from octvideo.engine.meter import Meter
 from octvideo.engine.nonfinite import NonFinite
 from octvideo.engine.train import Progress, fit
+from octvideo.engine.unread import UnreadSteps
 from tests.devices import CUDA_ONLY, DEVICES, exact_float32  # noqa: F401  # exact_float32 is a fixture
 
 from .stepping import Stepper
@@ -122,6 +123,7 @@ def test_twenty_steps_of_fit_never_wait_for_the_device(device: str, dtype: str, 
     """After two steps, and before the line of the log at the epoch's end, which reads the device."""
     stepper = Stepper(device, "TRAIN.DTYPE", dtype)
     log, progress, modes = Log(tmp_path, main=True, step=0), Progress(), []
+    meter = Meter(stepper.device, World())
 
     def after_step() -> None:
         if progress.step in (2, 22):
@@ -133,7 +135,7 @@ def test_twenty_steps_of_fit_never_wait_for_the_device(device: str, dtype: str, 
         stepper.optimizer,
         Steps(24, pinned=device == "cuda"),
         progress=progress,
-        meter=Meter(stepper.device, World()),
+        meter=meter,
         epochs=1,
         lr_at=lambda epoch: 0.02 * (1 - epoch / 2),
         prepare=build.prepare_clips(stepper.cfg),
@@ -142,7 +144,7 @@ def test_twenty_steps_of_fit_never_wait_for_the_device(device: str, dtype: str, 
         precision=stepper.precision,
         freeze_norm_stats=False,
         failures=FailureBudget(0, log, tmp_path / "failed.txt"),
-        nonfinite=NonFinite(0, tmp_path, str, log),
+        unread=UnreadSteps(meter, NonFinite(0, tmp_path, str, log)),
         device=stepper.device,
         world=World(),
         log=log,
