@@ -100,6 +100,14 @@ def test_unknown_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 2 and "unknown part 'x'; choose from machine, tests" in capsys.readouterr().err
 
 
+def test_chosen_parts_run_after_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Part] = []
+    monkeypatch.setattr(gpu, "run_parts", lambda parts, out, budget, toy: chosen.extend(parts))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main("gpu", "--parts", "motion,tests")[0] == 0
+    assert chosen == [part for part in PARTS if part.name in ("machine", "tests", "motion")]
+
+
 def toy_report(out: Path, *flags: str) -> tuple[dict, str]:
     status, _, err = main("gpu", "--toy", "--out", str(out), *flags)
     assert status == 0, err
