@@ -4,6 +4,10 @@ import contextlib
 import os
 
 import pytest
+
+# Deterministic mode on a GPU needs it, and cuBLAS reads it once, at its first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import submitit  # noqa: F401
 import torch
 
