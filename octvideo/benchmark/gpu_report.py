@@ -29,7 +29,8 @@ DEFINITIONS = """\
 - first step: seconds of the first step, with compiling. cuDNN search: torch.backends.cudnn.benchmark is True, so the first
   step also measures cuDNN's algorithms; in all other tables it is False, which is torch's default.
 - time ratio: over the vanilla network, round by round. efficiency: ratio of multiply-adds over time ratio; 1 means that time
-  follows the multiply-adds. limit: the efficiency that a roofline MODEL of this card predicts; it is not a measurement.
+  follows the multiply-adds. The targets over fastest forms divide medians of different rounds.
+- limit: the efficiency that a roofline MODEL of this card predicts; it is not a measurement.
 - The naive form (four convolutions per layer) and pytorchvideo's network are never fused."""
 
 
