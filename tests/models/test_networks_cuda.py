@@ -13,8 +13,6 @@ from tests.devices import CUDA_ONLY, DEVICES
 from .shallow import cut
 from .test_recompute import KINDS, images, train
 
-NOT_DETERMINISTIC = "max_pool3d_with_indices_backward_cuda does not have a deterministic implementation"
-
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
@@ -33,15 +31,8 @@ def network(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Ten
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("device", CUDA_ONLY)
 def test_deterministic_steps_are_repeatable(device: str, name: str) -> None:
-    """Older versions of torch have no deterministic gradient of max_pool3d: they refuse, and name it."""
     net, x = network(name)
-    x = x.to(device)
-    try:
-        first, second = (train(copy.deepcopy(net).to(device), x) for _ in range(2))
-    except RuntimeError as error:
-        if torch.__version__ >= torch.torch_version.TorchVersion("2.13") or NOT_DETERMINISTIC not in str(error):
-            raise
-        return
+    first, second = (train(copy.deepcopy(net).to(device), x.to(device)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(value.isfinite().all() for value in first)
 
