@@ -407,7 +407,9 @@ def _assign(cfg: CfgNode, key: str, value: Any, problems: list[str]) -> None:
 
 def _current(key: str, value: Any) -> Any:
     """Translate a value of an earlier version (`SWITCHES`); YAML reads `off` as False too."""
-    meanings = {str(old): new for old, new in SWITCHES.get(key, {}).items()}
+    if key not in SWITCHES or not isinstance(value, bool | str):  # a saved file may hold lists that no memory can print
+        return value
+    meanings = {str(old): new for old, new in SWITCHES[key].items()}
     return meanings.get(str(value).capitalize(), value)
 
 
