@@ -10,6 +10,8 @@ python tools/analyze.py frequency --cfg CONFIG --checkpoint FILE [--against-cfg 
     which frequencies the maps of its stages hold, high and low group apart, beside those of its vanilla twin
 python tools/analyze.py zoo [--write FILE]
     the table of all Kinetics and ImageNet configurations beside the paper's printed numbers
+python tools/analyze.py calls --cfg CONFIG [--alphas A,B] [--compiled] [--operators] [KEY VALUE ...]
+    operator calls of a training step: vanilla, octave and naive form, eager or compiled
 python tools/analyze.py golden --write FILE
     the counts of every configuration, for tests/golden/complexity.json
 """
@@ -25,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -44,6 +46,11 @@ from octvideo.data.decode import MissingDecoderError
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError, write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
+
+if TYPE_CHECKING or __package__:
+    from tools.analyze_calls import calls
+else:  # run as a script, which has this folder on its path
+    from analyze_calls import calls
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -303,6 +310,16 @@ def golden(options: argparse.Namespace) -> None:
     write_atomic(options.write, (json.dumps(counts, indent=1) + "\n").encode())
 
 
+def _alphas(text: str) -> list[float]:
+    try:
+        alphas = [float(alpha) for alpha in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of alphas such as .125,.25") from None
+    if wrong := [alpha for alpha in alphas if not 0 < alpha <= 1]:
+        raise argparse.ArgumentTypeError(f"alpha {wrong[0]:g} is not above 0 and at most 1")
+    return alphas
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -336,6 +353,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = commands.add_parser("zoo", help="the table of configurations")
     table.add_argument("--write", type=Path, metavar="FILE")
     table.set_defaults(run=zoo)
+    counted = commands.add_parser("calls", help="operator calls of a training step")
+    counted.add_argument("--cfg", required=True, metavar="CONFIG")
+    counted.add_argument("--alphas", type=_alphas, metavar="A,B", help="a network for each (default: the config's)")
+    counted.add_argument(
+        "--compiled", action="store_true", help="of torch.compile's kernels; compiling takes minutes for each network"
+    )
+    counted.add_argument("--operators", action="store_true", help="calls of each operator too")
+    counted.add_argument("overrides", nargs="*", metavar="KEY VALUE")
+    counted.set_defaults(run=calls)
     counts = commands.add_parser("golden", help="the counts of every configuration")
     counts.add_argument("--write", type=Path, metavar="FILE", required=True)
     counts.set_defaults(run=golden)
