@@ -81,45 +81,46 @@ def low_size(size: Sequence[int], pool: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.ceil(s / p) for s, p in zip(size, pool, strict=True))
 
 
-def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
+def average_pool(x: Tensor, kernel: Sequence[int], *, total: bool = False) -> Tensor:
     """Average pooling with stride = kernel, ceil_mode, over the values that exist: size -> ceil(size / kernel).
 
     x: [N, C, H, W] with kernel (kh, kw) or [N, C, T, H, W] with kernel (kt, kh, kw). An odd size keeps its last
-    row as it is, and a size of 1 stays 1.
+    row as it is, and a size of 1 stays 1. total: return sums instead of means.
     """
     if all(k == 1 for k in kernel):
         return x
     if x.shape[1] == 0:
         return x.new_empty(*x.shape[:2], *low_size(x.shape[2:], kernel))
-    if max(kernel) <= 2 and kernels.usable(x):
+    if not total and max(kernel) <= 2 and kernels.usable(x):
         return kernels.average_pool(x, kernel)
-    if _slices_are_faster(x, kernel):
+    if not total and _slices_are_faster(x, kernel):
         return _average_slices(x, kernel)
     if x.dim() == 4:
-        return _average_pool2d(x, tuple(kernel))
+        return _average_pool2d(x, tuple(kernel), total)
     time, height, width = kernel
     # Space and time are pooled apart, both by avg_pool2d: averages over boxes separate, and avg_pool3d has neither
     # a half-precision kernel on CPUs nor a channels_last_3d one.
     if (height, width) != (1, 1):
-        x = _pool_space(x, (height, width))
+        x = _pool_space(x, (height, width), total)
     if time != 1:
         # [N, C, T, H, W] -> [N, C, T, H*W], a view in both memory formats
-        x = _average_pool2d(x.flatten(3), (time, 1)).unflatten(3, x.shape[3:])
+        x = _average_pool2d(x.flatten(3), (time, 1), total).unflatten(3, x.shape[3:])
     return x
 
 
-def _pool_space(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+def _pool_space(x: Tensor, kernel: tuple[int, int], total: bool) -> Tensor:
     n, c, t = x.shape[:3]
     if x.stride(1) == 1:
         # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and its pooled map goes back as one
-        pooled = _average_pool2d(x.transpose(1, 2).flatten(0, 1), kernel)
+        pooled = _average_pool2d(x.transpose(1, 2).flatten(0, 1), kernel, total)
         return pooled.unflatten(0, (n, t)).transpose(1, 2)
     # [N, C, T, H, W] -> [N, C*T, H, W]
-    return _average_pool2d(x.flatten(1, 2), kernel).unflatten(1, (c, t))
+    return _average_pool2d(x.flatten(1, 2), kernel, total).unflatten(1, (c, t))
 
 
-def _average_pool2d(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
+def _average_pool2d(x: Tensor, kernel: tuple[int, ...], total: bool) -> Tensor:
+    divisor = 1 if total else None
+    return F.avg_pool2d(x, kernel, kernel, ceil_mode=True, count_include_pad=False, divisor_override=divisor)
 
 
 def _slices_are_faster(x: Tensor, kernel: Sequence[int]) -> bool:
@@ -165,47 +166,61 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="nearest")
 
 
-def add_upsampled(y: Tensor, low: Tensor) -> Tensor:
-    """y + upsample(low, y's size). Where no gradient is followed the sum takes y's place; CPUs need no upsampled map."""
+def add_upsampled(y: Tensor, low: Tensor, share: float = 1.0) -> Tensor:
+    """Return y + share * upsample(low, y's size). Unless autograd records operators, the sum replaces the values of y."""
     if _watched():
-        return y + upsample(low, y.shape[2:])
-    if kernels.usable(y, low):
+        return y + upsample(share * low, y.shape[2:])
+    if share == 1.0 and kernels.usable(y, low):
         return kernels.add_upsampled_(y, low)
-    if y.device.type != "cpu":
-        return y.add_(upsample(low, y.shape[2:]))
     doubled = [size != small for size, small in zip(y.shape[2:], low.shape[2:], strict=True)]
-    # one corner of all windows after the other; at an odd border there are fewer of the later ones
+    uneven = any(double and size % 2 for size, double in zip(y.shape[2:], doubled, strict=True))
+    if y.device.type != "cpu":
+        return y.add_(upsample(low, y.shape[2:]), alpha=share) if uneven else _add_to_windows(y, low, doubled, share)
+    if y.stride(1) == 1 and not uneven:
+        return _add_to_windows(y, low, doubled, share)
+    # Add to one corner of all windows after another. At an odd border, later corners have fewer values.
     for corner in itertools.product(*((0, 1) if double else (None,) for double in doubled)):
         part = y
         for axis, place in enumerate(corner, start=2):
             part = part if place is None else every(part, axis, 2, place)
         size = part.shape[2:]
-        part += low[tuple(map(slice, (None, None, *size)))]
+        part.add_(low[tuple(map(slice, (None, None, *size)))], alpha=share)
+    return y
+
+
+def _add_to_windows(y: Tensor, low: Tensor, doubled: Sequence[bool], share: float) -> Tensor:
+    """Add in one call, without an upsampled map: [N, C, H, W] is viewed as [N, C, H / 2, 2, W / 2, 2]."""
+    windows = y
+    for axis in range(len(doubled) + 1, 1, -1):
+        if doubled[axis - 2]:
+            windows, low = windows.unflatten(axis, (-1, 2)), low.unsqueeze(axis + 1)
+    windows.add_(low, alpha=share)
     return y
 
 
 def pooling_gradient(grad: Tensor, size: Sequence[int], kernel: Sequence[int], added_to: Tensor | None) -> Tensor:
-    """Gradient of `average_pool` of a map of this size, on top of what the map has already, which it may take the place of.
+    """Return the gradient of `average_pool` of a map of this size, plus `added_to`, whose memory the sum may use.
 
-    grad: of the pooled map.
+    grad: gradient of the pooled map.
     """
-    shares = _times_values(grad, size, kernel, -1)
-    return upsample(shares, size) if added_to is None else add_upsampled(added_to, shares)
+    share = 1 / math.prod(kernel)
+    if any(s % k for s, k in zip(size, kernel, strict=True)):
+        grad, share = _share_of_each_value(grad, size, kernel), 1.0
+    return upsample(share * grad, size) if added_to is None else add_upsampled(added_to, grad, share)
 
 
 def upsampling_gradient(grad: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Gradient of `upsample` by kernel: of each window the sum, its mean times its values. grad: of the upsampled map."""
-    pooled = average_pool(grad, kernel)
-    return pooled if pooled is grad else _times_values(pooled, grad.shape[2:], kernel, 1)
+    """Return the gradient of `upsample` by kernel, the sum over each window. grad: gradient of the upsampled map."""
+    return average_pool(grad, kernel, total=True)
 
 
-def _times_values(x: Tensor, size: Sequence[int], kernel: Sequence[int], power: int) -> Tensor:
-    """x * (values in each window of a map of this size) ** power; the last window of an odd size has fewer."""
-    x = x * math.prod(kernel) ** power
+def _share_of_each_value(grad: Tensor, size: Sequence[int], kernel: Sequence[int]) -> Tensor:
+    """Divide by the number of values in each window of a map of this size. The last window of an odd size has fewer."""
+    grad = grad / math.prod(kernel)
     for axis, (s, k) in enumerate(zip(size, kernel, strict=True), start=2):
         if s % k:
-            x.narrow(axis, -1, 1).mul_(float(k) ** -power)
-    return x
+            grad.narrow(axis, -1, 1).mul_(float(k))
+    return grad
 
 
 def lift(fn: Callable[..., Tensor], *features: Feature) -> Feature:
