@@ -5,6 +5,7 @@ With jobs.py, which runs what is built here, the only library file that reads a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -35,6 +36,7 @@ from octvideo.models import (
     ResNetSpec,
     SlowFastSpec,
     Spec,
+    compile_blocks,
     create,
     factory,
     feature_sizes,
@@ -213,28 +215,60 @@ def memory_format(cfg: CfgNode) -> torch.memory_format:
     return torch.channels_last if takes_images(cfg) else torch.channels_last_3d
 
 
-def place(cfg: CfgNode, model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on its device, its weights in the memory format of MODEL.CHANNELS_LAST, compiled if MODEL.COMPILE says so.
+def place(cfg: CfgNode, model: nn.Module, device: torch.device, *, training: bool = False) -> nn.Module:
+    """Move the model to its device, its weights in the memory format of MODEL.CHANNELS_LAST, compiled as MODEL.COMPILE says.
 
-    Names of weights stay the same. Compiled at the first step, and again where the shape of a batch changes.
+    Names of weights stay the same. CUDA graphs are for training alone, where batches have one shape; a model that is only
+    evaluated is compiled without them. Raises ConfigError for what the device cannot do.
     """
+    check_device(cfg, device, training=training)
     model.to(device).to(memory_format=memory_format(cfg))  # type: ignore[call-overload]
     if device.type == "cpu" and torch.get_num_threads() == 1:
         use_onednn(model)
-    if cfg.MODEL.COMPILE:
-        _check_compiler(device)
-        model.compile()
+    if cfg.MODEL.COMPILE != "off":
+        compile_blocks(model, cuda_graphs=training and cfg.MODEL.COMPILE == "graphs")
     return model
 
 
-def _check_compiler(device: torch.device) -> None:
-    """torch.compile writes C++ for CPUs; without a compiler it fails in the first step, far from the reason."""
+def check_device(cfg: CfgNode, device: torch.device, *, training: bool) -> None:
+    """Raise ConfigError for what would fail in the first step on this device, or compute wrong numbers there."""
+    problems = []
     compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and not shutil.which(compiler):
-        remedy = "install one, name it in CXX, or set MODEL.COMPILE False"
-        raise ConfigError(
-            "MODEL.COMPILE", [f"a CPU needs a C++ compiler for it, and there is no {compiler!r} here; {remedy}"]
+    if cfg.MODEL.COMPILE != "off" and device.type == "cpu" and not shutil.which(compiler):
+        problems.append(
+            f"MODEL.COMPILE is {cfg.MODEL.COMPILE}: a CPU needs a C++ compiler for it, and there is no {compiler!r} here; "
+            "install one, name it in CXX, or set MODEL.COMPILE off"
         )
+    if cfg.MODEL.COMPILE == "graphs" and device.type != "cuda":
+        problems.append(
+            f"MODEL.COMPILE is graphs, but the device is {device.type}: CUDA graphs need a CUDA device; set MODEL.COMPILE "
+            "default"
+        )
+    bfloat16 = training and cfg.TRAIN.DTYPE == "bfloat16"
+    if bfloat16 and device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        problems.append(
+            f"TRAIN.DTYPE is bfloat16, but {torch.cuda.get_device_name(device)} (compute capability "
+            f"{'.'.join(map(str, capability))}) has no bfloat16, which 8.0 and later have; set TRAIN.DTYPE float16 or "
+            "float32"
+        )
+    if bfloat16 and device.type == "cpu":
+        # torch 2.13 (oneDNN): where a kernel is longer in time than the input, the weight gradient reads memory that
+        # nothing has written
+        problems.append(
+            "TRAIN.DTYPE is bfloat16, which on a CPU gives gradients that are not numbers; set TRAIN.DTYPE float32 or "
+            "float16, or use a GPU"
+        )
+    if problems:
+        raise ConfigError(network_name(cfg), problems)
+
+
+def evaluated(cfg: CfgNode) -> contextlib.AbstractContextManager[None]:
+    """Return the context of an evaluation within training: with MODEL.COMPILE graphs the model runs eagerly inside.
+
+    Graphs hold for the shape of a training batch. Validation has other crops and a smaller last batch.
+    """
+    eager = cfg.MODEL.COMPILE == "graphs"
+    return torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
 
 
 def prepare_clips(cfg: CfgNode) -> Callable[[Tensor], Tensor]:
@@ -434,7 +468,7 @@ def precision(cfg: CfgNode, device: torch.device) -> Precision:
     return Precision(cfg.TRAIN.ACCUMULATE, cfg.SOLVER.CLIP_NORM, dtype, scaler)
 
 
-def optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
+def optimizer(cfg: CfgNode, model: nn.Module) -> optim.SGD:
     return optim.sgd(
         model,
         lr=cfg.SOLVER.BASE_LR,  # each step sets its own

@@ -26,6 +26,11 @@ class ConfigError(ValueError):
         super().__init__("\n  ".join([f"{where}: {len(self.problems)} problem(s)", *self.problems]))
 
 
+COMPILE_MODES = ("off", "default", "graphs")
+SWITCHES = {"MODEL.COMPILE": {False: "off", True: "default"}}
+"""Keys that were True or False in earlier versions -> what these values mean."""
+
+
 def defaults() -> CfgNode:
     """A new configuration with every key at its default."""
     cfg = CfgNode()
@@ -43,10 +48,11 @@ def defaults() -> CfgNode:
     cfg.MODEL.DROPOUT = 0.5  # before the classifier, 0 to below 1
     cfg.MODEL.POOL_PADDING = 1  # of the stem's max-pool: 1 (PySlowFast, pytorchvideo) or 0 (the paper's counts)
 
-    cfg.MODEL.CHANNELS_LAST = (
-        False  # channels_last memory: faster for small networks on CPUs and in half precision on GPUs
-    )
-    cfg.MODEL.COMPILE = False  # torch.compile the network: minutes at the start; dropout draws otherwise
+    # channels_last memory: faster for small networks on CPUs and in half precision on GPUs
+    cfg.MODEL.CHANNELS_LAST = False
+    # torch.compile each block of the network: off, default, or graphs (default with CUDA graphs, for training on a GPU).
+    # Takes up to minutes in the first step; dropout uses a different random stream. True means default, False off.
+    cfg.MODEL.COMPILE = "off"
     cfg.MODEL.NONLOCAL_FORM = "softmax"  # softmax or dot_product, in networks with non-local blocks
 
     cfg.OCTAVE = CfgNode()
@@ -193,7 +199,7 @@ def changes(saved: str, cfg: CfgNode, keys: Sequence[str] = ("",)) -> list[str]:
         except (KeyError, TypeError):  # no such key, or no section where one should be
             there = _get(default, key)
         with contextlib.suppress(ValueError):
-            there = _coerce(there, here[key])
+            there = _coerce(_current(key, there), here[key])
         if _shown(there) != _shown(here[key]):
             lines.append(f"{key} {_shown(there)} (here {_shown(here[key])})")
     return lines
@@ -254,6 +260,13 @@ def check(
             "TRAIN.SYNC_NORM",
             "False with MODEL.FACTORY unless OCTAVE.ALPHA makes its norms ours",
         )
+    one_of("MODEL.COMPILE", COMPILE_MODES)
+    graphs = cfg.MODEL.COMPILE == "graphs"
+    require(
+        not (graphs and cfg.TRAIN.CHECKPOINT_ACTIVATIONS),
+        "TRAIN.CHECKPOINT_ACTIVATIONS",
+        "False with MODEL.COMPILE graphs, which replays each block at one place in memory",
+    )
     one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
     one_of("SOLVER.SCHEDULE", ["cosine", "steps", "iterations"])
     one_of("TRAIN.DTYPE", ["float32", "float16", "bfloat16"])
@@ -387,10 +400,16 @@ def _assign(cfg: CfgNode, key: str, value: Any, problems: list[str]) -> None:
         return
     try:
         section, name = _parent(cfg, key)
-        section[name] = _coerce(value, known[key])
+        section[name] = _coerce(_current(key, value), known[key])
     except ValueError:
         kind = {bool: "True or False", int: "an integer", float: "a number", str: "text", list: "a list"}
         problems.append(f"{key} is {value!r}, of type {type(value).__name__}; allowed: {kind[type(known[key])]}")
+
+
+def _current(key: str, value: Any) -> Any:
+    """Translate a value of an earlier version (`SWITCHES`); YAML reads `off` as False too."""
+    meanings = {str(old): new for old, new in SWITCHES.get(key, {}).items()}
+    return meanings.get(str(value).capitalize(), value)
 
 
 def _coerce(value: Any, default: Any) -> Any:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from octvideo.octave.fuse import frames_as_channels
 from octvideo.octave.onednn import use_onednn
+from octvideo.octave.resample import frames_as_channels
 
 BACKENDS = ("eager", "compile", "onnxruntime", "openvino")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,12 +31,16 @@ from octvideo.engine.ema import Ema
 from octvideo.engine.evaluate import Evaluation, evaluate
 from octvideo.engine.failures import FailureBudget
 from octvideo.engine.log import Log
+from octvideo.engine.meter import Meter
 from octvideo.engine.nonfinite import NonFinite
+from octvideo.engine.optim import SGD
 from octvideo.engine.precise_bn import precise_statistics
 from octvideo.engine.profile import StepProfiler
 from octvideo.engine.results import Results, results_of, view_facts
 from octvideo.engine.scores import Averaged
-from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, TrainingError, fit
+from octvideo.engine.stop import Stopped, StopRequest
+from octvideo.engine.train import Precision, Progress, TrainingError, fit
+from octvideo.engine.unread import UnreadSteps
 from octvideo.models import checkpoint_activations
 from octvideo.octave import synchronize_norms
 
@@ -51,16 +56,18 @@ class _Run:
     device: torch.device
     log: Log
     model: nn.Module
-    sgd: torch.optim.Optimizer
+    sgd: SGD
     precision: Precision
     progress: Progress
     meter: Meter
     failures: FailureBudget
     nonfinite: NonFinite
+    unread: UnreadSteps
     ema: Ema | None
     stop: StopRequest
     clips: Loader
     validate: Callable[..., Evaluation] | None
+    compiling: bool
 
     def restore(self, state: dict[str, Any]) -> None:
         self.sgd.load_state_dict(state["optimizer"])
@@ -75,6 +82,7 @@ class _Run:
         _restore_rank(state["ranks"], self.meter, self.world, self.log)
 
     def save(self) -> None:
+        self.unread.read()
         self.failures.share(self.progress.step)
         ranks = gather_objects({"random": _random_state(self.device), "meter": self.meter.state_dict()})
         if self.world.main:
@@ -103,14 +111,25 @@ class _Run:
         cfg = self.cfg
         if profiler:
             profiler.step()
+        if self.compiling:
+            self.compiling = False
+            self.log_compilation()
         if self.ema:
             self.ema.update(self.progress.step)
         self.check_stop()
         if cfg.TRAIN.CHECKPOINT_STEPS and self.progress.step % cfg.TRAIN.CHECKPOINT_STEPS == 0:
             self.save()
 
+    def log_compilation(self) -> None:
+        """Log the time of the first step, which compiles."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self.meter.started - self.meter.wait
+        self.log.say(f"first step, with compilation (MODEL.COMPILE {self.cfg.MODEL.COMPILE}): {seconds:.1f} s")
+        self.log.event("compile", self.progress.step, {"seconds": round(seconds, 3)})
+
     def check_stop(self) -> None:
-        self.stop.check(self.device, self.progress.step)
+        self.stop.check(self.progress.step)
 
     def after_epoch(self, values: dict[str, float]) -> None:
         cfg, epoch, epochs = self.cfg, self.progress.epoch, math.ceil(self.epochs)
@@ -122,7 +141,7 @@ class _Run:
         self.log.event("epoch", self.progress.step, {"epoch": epoch, **values})
         if last or (self.validate and epoch % cfg.TRAIN.VAL_PERIOD == 0):
             broadcast_buffers(self.model)
-            with self.ema.applied() if self.ema else contextlib.nullcontext():
+            with build.evaluated(cfg), self.ema.applied() if self.ema else contextlib.nullcontext():
                 if cfg.TRAIN.PRECISE_NORM_BATCHES:
                     precise_statistics(self.model, self.norm_inputs())
                 result = self.validate(self.model, poll=self.check_stop) if self.validate else None
@@ -149,10 +168,7 @@ class _Run:
 def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     """Train to TRAIN.EPOCHS, leaving checkpoints and metrics in OUTPUT_DIR."""
     folder = Path(cfg.OUTPUT_DIR)
-    if cfg.TRAIN.DTYPE == "bfloat16" and device.type == "cpu":
-        # torch 2.13 (oneDNN): the weight gradient of a kernel longer in time than the map reads memory nobody wrote
-        problem = "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, float16 or a GPU"
-        raise ConfigError(build.network_name(cfg), [problem])
+    build.check_device(cfg, device, training=True)
     classes = build.class_names(cfg, cfg.DATA.TRAIN_LIST)
     videos = build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=True)
     clips = build.train_loader(cfg, videos, world, device)
@@ -162,12 +178,13 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         check_class_order(classes, build.class_names(cfg, tested), tested, whose=(videos.source, tested))
     model = build.network(cfg)
     start, remark = _starting_point(cfg, folder, model)
-    build.place(cfg, model, device)
+    build.place(cfg, model, device, training=True)
     torch.manual_seed(cfg.SEED + 1 + world.rank)  # dropout differs between ranks; weights did not
     step, in_epoch = (start["step"], start["step_in_epoch"] > 0) if start else (0, False)
     log = Log(folder, main=world.main, step=step, in_epoch=in_epoch)
     steps_per_epoch = len(clips)
     allowed = int(cfg.DATA.MAX_FAILED_FRACTION * steps_per_epoch * cfg.TRAIN.BATCH_SIZE)
+    meter, nonfinite = Meter(device, world), NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log)
     run = _Run(
         cfg,
         build.epochs_in_all(cfg, steps_per_epoch),
@@ -179,13 +196,15 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
         build.optimizer(cfg, model),
         build.precision(cfg, device),
         Progress(),
-        Meter(device, world),
+        meter,
         FailureBudget(allowed, log, folder / "failed.txt"),
-        NonFinite(cfg.TRAIN.MAX_NONFINITE, folder, videos.path, log),
+        nonfinite,
+        UnreadSteps(meter, nonfinite),
         Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
         StopRequest(),
         clips,
         validate,
+        cfg.MODEL.COMPILE != "off",
     )
     if start:
         run.restore(start)
@@ -210,7 +229,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
                 precision=run.precision,
                 freeze_norm_stats=cfg.TRAIN.FREEZE_NORM_STATS,
                 failures=run.failures,
-                nonfinite=run.nonfinite,
+                unread=run.unread,
                 device=device,
                 world=world,
                 log=log,
@@ -472,7 +491,13 @@ def _parallel(cfg: CfgNode, model: nn.Module, world: World, device: torch.device
         synchronize_norms(model)
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    # Rank 0's buffers are the run's: they are broadcast before an evaluation and saved. In training no layer of ours reads
+    # them, so a broadcast in each step, DDP's default, is for networks of others.
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=bool(cfg.MODEL.FACTORY),
+    )
 
 
 def _profiler(run: _Run) -> contextlib.AbstractContextManager[StepProfiler | None]:
@@ -508,6 +533,10 @@ def _announce(run: _Run, videos: int, steps: int) -> None:
     if cfg.SOLVER.ITERATIONS:
         held = " + ".join(str(round(count)) for count in build.iterations(cfg))
         log.say(f"steps at each rate {cfg.SOLVER.ITERATIONS} of {cfg.SOLVER.BASE_BATCH} clips -> {held} of {batch}")
+    if cfg.MODEL.COMPILE == "graphs":
+        log.say(
+            "MODEL.COMPILE graphs: training steps replay CUDA graphs; validation runs eagerly, as its shapes differ"
+        )
     if progress.step:
         part = f" and {progress.step_in_epoch} steps of the next" if progress.step_in_epoch else ""
         log.say(f"going on after epoch {progress.epoch}{part} (step {progress.step})")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octvideo import build
+from octvideo.config import ConfigError
 from octvideo.data.dataset import read_list
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
@@ -64,3 +65,17 @@ def test_on_one_thread_convolutions_go_by_onednn(threads: int, monkeypatch: pyte
     model = build.place(cfg, build.network(cfg), torch.device("cpu"))
     dilation = model.get_submodule("stages.res2.0.conv1").dilation  # 3 x 1 x 1
     assert dilation == ((1, 2, 2) if threads == 1 else (1, 1, 1))
+
+
+def test_bfloat16_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, card = build.load_config(TINY, ["TRAIN.DTYPE", "bfloat16"]), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(
+        ConfigError, match=r"TRAIN.DTYPE is bfloat16, but Tesla V100 \(compute capability 7.0\)"
+    ) as caught:
+        build.check_device(cfg, card, training=True)
+    assert "TRAIN.DTYPE float16 or float32" in str(caught.value)
+    build.check_device(cfg, card, training=False)  # an evaluation computes in float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    build.check_device(cfg, card, training=True)

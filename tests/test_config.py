@@ -197,3 +197,29 @@ def test_a_file_that_grows_when_read_is_not_followed() -> None:
 def test_what_is_no_configuration_is_an_error(saved: str) -> None:
     with pytest.raises(ConfigError, match="a saved configuration: 1 problem"):
         config.changes(saved, config.defaults())
+
+
+@pytest.mark.parametrize(
+    "value,mode",
+    [
+        ("True", "default"),
+        ("true", "default"),
+        ("False", "off"),
+        ("off", "off"),
+        ("default", "default"),
+        ("graphs", "graphs"),
+    ],
+)
+def test_compile_was_a_switch_once(value: str, mode: str, tmp_path: Path) -> None:
+    """In a file, where YAML reads `off` as False, as an override, and in the configuration of a checkpoint."""
+    file = write(tmp_path, f"{GOOD[:-1]}, MODEL: {{COMPILE: {value}}}}}")
+    assert build.load_config(file).MODEL.COMPILE == mode
+    cfg = build.load_config(write(tmp_path, GOOD), ["MODEL.COMPILE", value])
+    assert cfg.MODEL.COMPILE == mode
+    saved = f"MODEL: {{COMPILE: {value}}}"
+    assert config.changes(saved, cfg, ["MODEL.COMPILE"]) == []
+
+
+def test_a_mode_of_compilation_that_does_not_exist(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, GOOD), "MODEL.COMPILE", "graph")
+    assert problem.startswith("MODEL.COMPILE is 'graph'; allowed: off, default, graphs") and "'graphs'?" in problem

@@ -212,7 +212,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-EAGER = ("MODEL.COMPILE", "False")  # its layers are listened to
+EAGER = ("MODEL.COMPILE", "off")  # its layers are listened to
 MAPS_PER_CLIP = 50  # at least, so that a long list is not read to its end
 FREQUENCY_NOTE = f"""
 

@@ -182,7 +182,7 @@ def _modes(options: argparse.Namespace) -> tuple[str, ...]:
 def _subjects(options: argparse.Namespace, way: Way) -> list[Subject]:
     """The network to measure against, then the config's own or one for each alpha, each with its naive twin."""
     compiled = way.mode == "training" and way.backend == "compile"  # for inference deploy.runner does it
-    fixed = ["TRAIN.DTYPE", way.dtype, "MODEL.COMPILE", str(compiled)]
+    fixed = ["TRAIN.DTYPE", way.dtype, "MODEL.COMPILE", "default" if compiled else "off"]
 
     def load(path: str, alpha: float | None = None) -> CfgNode:
         own = [] if alpha is None else ["OCTAVE.ALPHA", f"{alpha:g}", "OCTAVE.RATIOS", "[]"]

@@ -25,7 +25,8 @@ from octvideo.engine.failures import BudgetError
 from octvideo.engine.log import LogError
 from octvideo.engine.nonfinite import NonFiniteError
 from octvideo.engine.scores import ScoresError
-from octvideo.engine.train import Stopped, TrainingError
+from octvideo.engine.stop import Stopped
+from octvideo.engine.train import TrainingError
 from octvideo.launch import Job, LaunchError, Request
 
 MISTAKES = (ConfigError, LaunchError, ListError, MissingDecoderError)

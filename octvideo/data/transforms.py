@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,19 @@ def normalize(clips: Tensor, mean: float | Sequence[float], std: float | Sequenc
     return clips.to(torch.float32, copy=True).div_(255).sub_(shift).div_(scale)
 
 
+@lru_cache(maxsize=16)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copy constants once: on a GPU each copy would wait for all earlier work."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _moved(indices: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to the device without waiting for it."""
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
+
+
 def _per_channel(name: str, value: float | Sequence[float], clips: Tensor) -> Tensor:
-    values = torch.as_tensor(value, dtype=torch.float32, device=clips.device).flatten()
+    values = _on_device(tuple(value) if isinstance(value, Sequence) else (value,), clips.device)
     if len(values) not in (1, clips.shape[1]):
         raise ValueError(f"{name} has {len(values)} values; give 1, or {clips.shape[1]}: one per channel")
     return values.reshape(-1, *[1] * (clips.ndim - 2))
@@ -118,7 +130,7 @@ def mixup(
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}; it must be positive (leave mixup out instead of giving 0)")
     weight = _beta(alpha, generator)
-    other = torch.randperm(len(clips), generator=generator).to(clips.device)
+    other = _moved(torch.randperm(len(clips), generator=generator), clips.device)
     targets = F.one_hot(labels, num_classes).float()
     return clips.lerp(clips[other], 1 - weight), targets.lerp(targets[other], 1 - weight)
 
@@ -137,7 +149,7 @@ def cutmix(
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha}; it must be positive (leave cutmix out instead of giving 0)")
     side = math.sqrt(1 - _beta(alpha, generator))
-    other = torch.randperm(len(clips), generator=generator).to(clips.device)
+    other = _moved(torch.randperm(len(clips), generator=generator), clips.device)
     rows, columns = (_part(length, side, generator) for length in clips.shape[-2:])
     mixed = clips.clone()
     mixed[..., rows, columns] = clips[..., rows, columns][other]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -184,6 +185,7 @@ class _Meeting:
 
 
 _meeting: _Meeting | None = None  # of the process group, which is torch's own global
+_host_group: dist.ProcessGroup | None = None  # over CPUs, for numbers that the host decides by; None without processes
 
 
 def _said(timeout: timedelta) -> str:
@@ -200,7 +202,7 @@ def start(
 
     Raises DistributedError naming the ranks that have not come when `meet_within` is over.
     """
-    global _meeting
+    global _meeting, _host_group
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.size > 1:
@@ -214,6 +216,7 @@ def start(
             world_size=world.size,
             timeout=timeout,
         )
+        _host_group = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:
@@ -237,8 +240,8 @@ def barrier(what: str, timeout: timedelta = timedelta(minutes=30)) -> None:
 
 
 def stop() -> None:
-    global _meeting
-    _meeting = None
+    global _meeting, _host_group
+    _meeting = _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -255,6 +258,30 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+class HostMax:
+    """The largest of an integer over the ranks, by way of the hosts, without a wait for the device or for other ranks.
+
+    Each call posts this rank's number and returns the largest of the numbers that were posted at the call before, 0 at the
+    first call. A single process gets its own number at once. Called by all ranks, equally often.
+    """
+
+    def __init__(self) -> None:
+        self._posted: tuple[np.ndarray, dist.Work] | None = None
+
+    def __call__(self, value: int) -> int:
+        if _host_group is None:
+            return value
+        largest = 0
+        if self._posted:
+            number, work = self._posted
+            work.wait()
+            largest = int(number[0])
+        number = np.array([value])  # memory that the host reads without an operator of torch
+        work = dist.all_reduce(torch.from_numpy(number), dist.ReduceOp.MAX, group=_host_group, async_op=True)
+        self._posted = number, work
+        return largest
 
 
 def gather_objects(value: Any) -> list[Any]:

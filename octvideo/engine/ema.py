@@ -12,23 +12,23 @@ from torch import Tensor, nn
 class Ema:
     """average = d * average + (1 - d) * weight after each step, d = min(decay, (1 + step) / (10 + step)).
 
-    The second term lets the first steps forget where the network was drawn (as TensorFlow's ExponentialMovingAverage
-    does). Norms' statistics, which are averages already, stay the model's.
+    The second term makes the average forget the random initialization quickly (as TensorFlow's ExponentialMovingAverage
+    does). Running statistics of norms, which are averages already, stay the model's.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self._weights: list[Tensor] = [weight for _, weight in model.named_parameters()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """step: steps done, with the one just done."""
+        """Move the average towards the weights. step: number of steps taken, including the last one."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        for name, weight in self.model.named_parameters():
-            self.average[name].lerp_(weight, share)
+        torch._foreach_lerp_(list(self.average.values()), self._weights, share)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's with the average in place of the weights: to test by."""
+        """Return the model's state dict with the average in place of the weights."""
         return {**self.model.state_dict(), **self.average}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -37,7 +37,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the average; behind, its own weights again."""
+        """Use the averaged weights inside the context; restore the weights afterwards."""
         own = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         self.model.load_state_dict(self.average, strict=False)
         try:

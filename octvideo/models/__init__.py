@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from octvideo.models.compile import compile_blocks
 from octvideo.models.densenet import DenseNet
 from octvideo.models.factory import from_factory
 from octvideo.models.mobilenet import MobileNet
@@ -53,6 +54,7 @@ __all__ = [
     "StageSpec",
     "StemSpec",
     "checkpoint_activations",
+    "compile_blocks",
     "create",
     "feature_sizes",
     "from_factory",

@@ -8,12 +8,10 @@ of these layers can be fused, not only those that this package knows.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,15 +26,13 @@ from octvideo.octave.conv import _OctConv
 from octvideo.octave.feature import (
     Feature,
     Octave,
-    average_pool,
     concatenate,
-    every,
     global_average_pool,
     lift,
-    upsample,
 )
 from octvideo.octave.layers import SqueezeExcite, _OctBatchNorm, _OctMaxPool
 from octvideo.octave.onednn import dilation_for_onednn
+from octvideo.octave.resample import add_upsampled, average_pool, sum_in_one_pass, upsample
 
 MACS_PER_FLOAT = 20
 """Multiply-adds in the time in which a core moves one float of a large map: 100 G/s beside 20 GB/s. An estimate, which
@@ -52,23 +48,6 @@ def fuse(model: nn.Module) -> FusedNetwork:
     of this package.
     """
     return _Builder(copy.deepcopy(model).eval()).build()
-
-
-_frames_as_channels = False
-
-
-@contextlib.contextmanager
-def frames_as_channels() -> Iterator[None]:
-    """Networks exported in here pool and upsample [N, C, T, H, W] as images [N, C*T, H, W].
-
-    For back ends that have fast kernels of this kind for images alone (ONNX Runtime: 20 times).
-    """
-    global _frames_as_channels
-    before, _frames_as_channels = _frames_as_channels, True
-    try:
-        yield
-    finally:
-        _frames_as_channels = before
 
 
 class Inference(nn.Module):
@@ -114,7 +93,7 @@ class FusedConv(Inference):
             y = conv(x)
         else:
             assert isinstance(x, Tensor)
-            x = _pool(x, self.pool)
+            x = average_pool(x, self.pool, fused=True)
             y = _convolve(x, conv.weight, conv.bias, self.stride, padding, conv.dilation, conv.groups)
         return _finish(y, shortcut, self.activation)
 
@@ -154,7 +133,7 @@ class FusedOctConv(Inference):
     def forward(self, x: Feature, shortcut: Feature | None = None, pooled: Tensor | None = None) -> Feature:
         high, low = x if isinstance(x, Octave) else (x, None)
         if pooled is None and self.pool_high is not None:
-            pooled = _pool(high, self.pool_high)
+            pooled = average_pool(high, self.pool_high, fused=True)
         if pooled is not None and self.pool_high == self.stride:
             high, pooled = pooled, None
         y, up = getattr(self, f"_{self.arrangement}")(high, low, pooled)
@@ -166,29 +145,31 @@ class FusedOctConv(Inference):
 
     def _joint(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> tuple[Feature, None]:
         if low is not None:
-            low = _upsample(_pool(low, self.low_stride), high.shape[2:])
+            low = upsample(average_pool(low, self.low_stride, fused=True), high.shape[2:])
             high = _behind(high, low)
         y_high = self._conv(high, self.high_kernel, self.high_bias)
         if not self.splits[1]:
             return y_high, None
-        pooled = _pool(high, self.pool) if pooled is None else pooled
+        pooled = average_pool(high, self.pool, fused=True) if pooled is None else pooled
         return Octave(y_high, self._conv(pooled, self.low_kernel, self.low_bias)), None
 
     def _apart(self, high: Tensor, low: Tensor, pooled: Tensor | None) -> tuple[Feature, Tensor]:
         y_high = self._conv(high, self.high_kernel, self.high_bias)
-        up = self._conv(_pool(low, self.low_stride), self.up_kernel)
+        up = self._conv(average_pool(low, self.low_stride, fused=True), self.up_kernel)
         if not self.splits[1]:
             return y_high, up
-        pooled = _pool(high, self.pool) if pooled is None else pooled
-        low = _behind(pooled, _pool(low, self.stride))
+        pooled = average_pool(high, self.pool, fused=True) if pooled is None else pooled
+        low = _behind(pooled, average_pool(low, self.stride, fused=True))
         return Octave(y_high, self._conv(low, self.low_kernel, self.low_bias)), up
 
     def _late(self, high: Tensor, low: Tensor | None, pooled: Tensor | None) -> tuple[Feature, Tensor | None]:
         y_high, y_low = self._conv(high, self.high_kernel, self.high_bias).split(self.splits, dim=1)
-        y_low = _pool(y_low, self.pool)
+        y_low = average_pool(y_low, self.pool, fused=True)
         if low is None:
             return Octave(y_high.clone(), y_low), None
-        from_high, from_low = self._conv(_pool(low, self.stride), self.up_kernel).split(self.splits, dim=1)
+        from_high, from_low = self._conv(average_pool(low, self.stride, fused=True), self.up_kernel).split(
+            self.splits, dim=1
+        )
         return Octave(y_high, y_low + from_low), from_high
 
     def _conv(self, x: Tensor, kernel: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -294,31 +275,7 @@ class _NoNorm(nn.Identity):
 
 
 def pool_high(x: Feature, kernel: tuple[int, ...]) -> Tensor:
-    return _pool(x.high if isinstance(x, Octave) else x, kernel)
-
-
-def _pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """`average_pool` in whatever layout x has, slices of channels too, and as sums of slices, which compilers fuse.
-
-    In exported networks it is one step: other back ends have a fast one, and take slices one by one.
-    """
-    if torch.compiler.is_exporting():
-        if x.dim() == 4 or _frames_as_channels or set(kernel) == {1}:
-            return average_pool(x, kernel)
-        return F.avg_pool3d(x, kernel, kernel, ceil_mode=True, count_include_pad=False)
-    if kernels.usable(x):
-        return kernels.average_pool(x, kernel)
-    missing = [-size % k for size, k in zip(x.shape[2:], kernel, strict=True)]
-    if any(missing):
-        if not torch.compiler.is_compiling():
-            return average_pool(x, kernel)
-        # the mean over values that exist: the last one counts twice
-        x = F.pad(x, [side for gap in reversed(missing) for side in (0, gap)], mode="replicate")
-    # [N, C, H, W] -> the upper left, upper right, lower left and lower right value of each window
-    corners = [x]
-    for axis, k in enumerate(kernel, start=2):
-        corners = [every(corner, axis, k, offset) for corner in corners for offset in range(k)]
-    return functools.reduce(torch.add, corners) * (1 / len(corners)) if len(corners) > 1 else x
+    return average_pool(x.high if isinstance(x, Octave) else x, kernel, fused=True)
 
 
 def _behind(x: Tensor, y: Tensor) -> Tensor:
@@ -364,53 +321,21 @@ def _finish(y: Feature, shortcut: Feature | None, activation: nn.Module | None) 
 
 
 def _finish_upsampled(y: Feature, up: Tensor, shortcut: Feature | None, activation: nn.Module | None) -> Feature:
-    """activation(y + shortcut) with upsample(up) added to y's high map first."""
+    """Return activation(y + shortcut), with upsample(up) added to y's high map first."""
     high, low = y if isinstance(y, Octave) else (y, None)
-    if _in_one_pass(high, up, y, shortcut):
-        beside_high, beside_low = shortcut if isinstance(shortcut, Octave) else (shortcut, None)
-        relu = type(activation) is nn.ReLU
-        high = kernels.add_upsampled(high, up, shortcut=beside_high, relu=relu)
-        if activation is not None and not relu:
-            high = activation(high)
-        if low is None:
-            return high
-        low = low if beside_low is None else low.add_(beside_low)
-        return Octave(high, low if activation is None else activation(low))
-    high = _add_upsampled(high, up)
-    return _finish(high if low is None else Octave(high, low), shortcut, activation)
-
-
-def _in_one_pass(high: Tensor, up: Tensor, y: Feature, shortcut: Feature | None) -> bool:
-    """Do the kernels take it? They have no gradient here, and a shortcut does not broadcast."""
-    maps = [high, up]
-    if shortcut is not None:
-        maps.append(shortcut.high if isinstance(shortcut, Octave) else shortcut)
-        if isinstance(shortcut, Octave) != isinstance(y, Octave) or maps[-1].shape != high.shape:
-            return False
-    return kernels.usable(*maps) and not (torch.is_grad_enabled() and any(x.requires_grad for x in maps))
-
-
-def _add_upsampled(y: Tensor, low: Tensor) -> Tensor:
-    """y + upsample(low), without the upsampled map where sizes are even: each value of low meets 2 (4, 8) of y."""
-    if torch.compiler.is_exporting():
-        return y + _upsample(low, y.shape[2:])
-    sizes = list(zip(y.shape[2:], low.shape[2:], strict=True))
-    if any(size != small and size != 2 * small for size, small in sizes):
-        return y + upsample(low, y.shape[2:])
-    doubled = [axis for axis, (size, small) in enumerate(sizes, start=2) if size != small]
-    for axis in reversed(doubled):
-        y, low = y.unflatten(axis, (low.shape[axis], 2)), low.unsqueeze(axis + 1)
-    y = y + low
-    for axis in doubled:
-        y = y.flatten(axis, axis + 1)
-    return y
-
-
-def _upsample(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    if x.dim() == 5 and _frames_as_channels and torch.compiler.is_exporting() and x.shape[2] == size[0]:
-        # [N, C, T, H, W] -> [N, C*T, H, W]
-        return upsample(x.flatten(1, 2), size[1:]).unflatten(1, x.shape[1:3])
-    return upsample(x, size)
+    beside_high, beside_low = shortcut if isinstance(shortcut, Octave) else (shortcut, None)
+    fits = shortcut is None or isinstance(shortcut, Octave) == isinstance(y, Octave)
+    if not fits or not sum_in_one_pass(high, up, beside_high):
+        high = add_upsampled(high, up, fused=True)
+        return _finish(high if low is None else Octave(high, low), shortcut, activation)
+    relu = type(activation) is nn.ReLU
+    high = kernels.add_upsampled(high, up, shortcut=beside_high, relu=relu)
+    if activation is not None and not relu:
+        high = activation(high)
+    if low is None:
+        return high
+    low = low if beside_low is None else low.add_(beside_low)
+    return Octave(high, low if activation is None else activation(low))
 
 
 def _constant(values: Tensor | None) -> nn.Parameter | None:

@@ -1,54 +1,50 @@
-"""Average pooling, and the sum with an upsampled map, in one pass each over the large map: Triton kernels for GPUs.
+"""Pool, upsample and add in one pass over the large map: Triton kernels for GPUs, with derivatives of any order.
 
-In eager mode, pooling over time and space is two passes (feature.py says why); the sum with an upsampled map first writes
-that map, and a shortcut and a ReLU behind it are a pass each. Where `usable` says so, feature.py and fuse.py come here;
-everywhere else they run torch's operations. The numbers are the same: in float32 bit for bit where sums are made in the
-same order and the GPU does not contract a product and a sum; half precision is summed in float32 and rounded once.
+In eager mode, average pooling over time and space is two passes of torch's operators. The sum with an upsampled map is
+three: upsample, add, and one each for a shortcut and a ReLU. These functions need one. The values are the same: in
+float32 bit for bit, where sums have the same order and the GPU does not contract a product and a sum; half precision is
+summed in float32 and rounded once.
 
-Under torch.compile the kernels step aside, since Inductor fuses these operations. In what torch 2.13 generates for a CPU,
-y + upsample(low) with scale, shift, shortcut and ReLU is one loop, and so is pooling by (1, 2, 2), or by (2, 2, 2) as the
-sum of slices that fuse.py writes; only `feature.average_pool` by (2, 2, 2) is two, one for space and one for time.
+The kernels are torch operators (kernels_library.py), so dispatch modes such as FlopCounterMode see them. Their derivatives
+are `torch.autograd.Function`s with `setup_context`, `vmap` and `jvp`, torch's only public way to backward and forward mode
+and to the transforms of torch.func. Pooling and upsampling are each other's transpose, so the same operators compute
+derivatives of any order. A call that nobody differentiates skips the Function, which costs more than the operator.
 
-OCTVIDEO_KERNELS=0 turns the kernels off, and so does `enabled(False)`, for tests and benchmarks that compare.
+resample.py chooses between these functions and torch's operators. OCTVIDEO_KERNELS=0 and `enabled(False)` turn the kernels
+off, for tests and benchmarks that compare.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
+import inspect
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.autograd.forward_ad import unpack_dual
+
+from octvideo.octave.kernels_library import is_channels_last, window_between
 
 DEVICES: tuple[str, ...] = ("cuda",)
-"""Kinds of device that run the kernels. Triton's interpreter runs them on "cpu", slowly: tests add it."""
+"""Kinds of device that run the kernels. Tests add "cpu", on which Triton's interpreter runs them, slowly."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Sums are float32, so float64 is left to torch."""
-
-TILE = 1024
-"""Values that a program instance writes, fixed: with 4 warps 8 per thread, 16 bytes in half precision, which is the
-widest load. These kernels wait for memory, and an autotuner would time them anew for each size of each network."""
-
-LARGE = 2**30
-"""From this many elements on, gaps between them included, offsets are int64: an int32 holds twice as many, so the masked
-end of the last tile fits too."""
 
 _enabled = os.environ.get("OCTVIDEO_KERNELS", "1") != "0"
 
 
 @contextlib.contextmanager
 def enabled(on: bool) -> Iterator[None]:
-    """Within it the kernels are used where they can be, or not at all. Holds for all threads."""
+    """Use the kernels wherever they work (True) or nowhere (False) inside this context. Applies to all threads."""
     global _enabled
     before, _enabled = _enabled, on
     try:
@@ -58,33 +54,39 @@ def enabled(on: bool) -> Iterator[None]:
 
 
 def usable(*maps: Tensor) -> bool:
-    """May the kernels take these maps? Only plain tensors of one supported dtype on one GPU, and only in eager mode."""
-    # First of all, and alone: what follows need not be understood by torch.compile.
-    if torch.compiler.is_compiling():
+    """Return True if the kernels may read these maps: plain tensors of one supported dtype on one GPU, in eager mode."""
+    # The compiler must be asked first: torch.compile does not understand what follows.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if not _enabled or not all(type(x) in (Tensor, nn.Parameter) for x in maps):
         return False  # fx proxies, fake tensors and other subclasses
     device, dtype = maps[0].device, maps[0].dtype
     if device.type not in DEVICES or dtype not in DTYPES or any((x.device, x.dtype) != (device, dtype) for x in maps):
         return False
-    return not _watched() and _works(device)
-
-
-def _watched() -> bool:
-    """Does somebody follow torch's operations, such as a tracer, a counter of FLOPs, vmap or a forward derivative?"""
-    return (
-        torch.jit.is_tracing()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-    )
+    return _works(device)
 
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Tried once per device: what is missing there, such as Triton or its C compiler, costs time and not the run."""
+    """Try the kernels once per device. If Triton, its C compiler or a driver is missing, the run is slower but goes on."""
     if importlib.util.find_spec("triton") is None:
         return False
+    errors: list[Exception] = []
+    # A new thread has none of this thread's dispatch modes, transforms and gradient settings.
+    thread = threading.Thread(target=_try, args=(device, errors))
+    thread.start()
+    thread.join()
+    for error in errors:
+        warnings.warn(
+            f"Triton kernels are not used on {device}, torch's operators are, with the same results: the first try "
+            f"failed with {type(error).__name__}: {error}. OCTVIDEO_KERNELS=0 turns off kernels and this message.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not errors
+
+
+def _try(device: torch.device, errors: list[Exception]) -> None:
     try:
         with torch.no_grad():
             x = torch.arange(150.0, device=device).reshape(2, 3, 5, 5)
@@ -93,246 +95,190 @@ def _works(device: torch.device) -> bool:
             expected = torch.relu(2 * x - F.interpolate(4 * low, size=(5, 5)))
             torch.testing.assert_close(add_upsampled(x, -4 * low, shortcut=x, relu=True), expected)
     except Exception as error:  # noqa: BLE001 (whatever Triton, a compiler or a driver raise)
-        warnings.warn(
-            f"Triton kernels are not used on {device}, torch's operations are, with the same numbers: the first try "
-            f"failed with {type(error).__name__}: {error}. OCTVIDEO_KERNELS=0 turns kernels and this message off.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+        errors.append(error)
 
 
-@functools.cache
-def _programs() -> Any:
-    return importlib.import_module("octvideo.octave.kernels_triton")
+def average_pool(x: Tensor, window: Sequence[int], total: bool = False) -> Tensor:
+    """`resample.average_pool` for windows of 1 or 2 per dimension, in one pass; differentiable.
 
-
-def average_pool(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """`feature.average_pool` for windows of 1 or 2 per dimension, in one pass; differentiable.
-
-    x: [N, C, H, W] or [N, C, T, H, W] with any strides; channels last stays so, everything else becomes contiguous.
+    x: [N, C, H, W] or [N, C, T, H, W] with any strides. A channels-last map stays channels last; every other map becomes
+    contiguous. total: return sums instead of means, the gradient of upsampling. Raises ValueError for other windows.
     """
-    kernel = tuple(kernel)
-    if len(kernel) != x.dim() - 2 or any(k not in (1, 2) for k in kernel):
-        raise ValueError(f"kernel is {kernel}; it gives 1 or 2 for each of {x.dim() - 2} dimensions")
-    if all(k == 1 for k in kernel):
+    if all(k == 1 for k in window) and len(window) == x.dim() - 2:
         return x
-    result: Tensor = _Pool.apply(x, kernel, True, _channels_last(x))
-    return result
+    return _pool(x, window, not total, is_channels_last(x))
 
 
 def add_upsampled_(
-    y: Tensor,
-    low: Tensor,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    shortcut: Tensor | None = None,
-    relu: bool = False,
+    y: Tensor, low: Tensor, *, shortcut: Tensor | None = None, relu: bool = False, mean: bool = False
 ) -> Tensor:
-    """y = relu((y + upsample(low)) * scale + shift + shortcut) in place, in one pass; what is not given is left out.
+    """Compute y = relu(y + upsample(low) + shortcut) in place, in one pass; shortcut and ReLU are optional.
 
-    y, shortcut: [N, C, (T,) H, W] with any strides. low: [N, C, (T_low,) H_low, W_low], each size that of y or its half,
-    rounded up. scale, shift: [C]. Differentiable by y and low as long as nothing else is given.
-    Raises ValueError for sizes that do not belong together, RuntimeError for a gradient that there is not.
+    y, shortcut: [N, C, (T,) H, W] with any strides. low: [N, C, (T_low,) H_low, W_low]; each size is that of y or its half,
+    rounded up. mean: divide each value of low by the number of values in its window. Differentiable; where a derivative is
+    followed, the sum is computed first and copied to y. Raises ValueError for sizes that do not belong together.
     """
-    if any(stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)):
-        raise RuntimeError("add_upsampled_: several elements of y share one place in memory (expand); clone() it first")
-    return _add_upsampled(y, low, scale, shift, shortcut, relu, in_place=True)
+    if torch.compiler.is_compiling() or _differentiated(y, low, shortcut):
+        return y.copy_(add_upsampled(y, low, shortcut=shortcut, relu=relu, mean=mean))
+    torch.ops.octvideo.upsample_add_(y, low, shortcut, relu, mean)
+    return y
 
 
 def add_upsampled(
-    y: Tensor,
-    low: Tensor,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    shortcut: Tensor | None = None,
-    relu: bool = False,
+    y: Tensor, low: Tensor, *, shortcut: Tensor | None = None, relu: bool = False, mean: bool = False
 ) -> Tensor:
-    """`add_upsampled_` into a new map, dense in y's memory format: for a y that is a slice of channels, or still needed."""
-    return _add_upsampled(y, low, scale, shift, shortcut, relu, in_place=False)
+    """Return the sum of `add_upsampled_` as a new map, dense in y's memory format."""
+    return _call(_UpsampleAdd, (y, low, shortcut), relu, mean)
 
 
-def _add_upsampled(
-    y: Tensor,
-    low: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    shortcut: Tensor | None,
-    relu: bool,
-    in_place: bool,
-) -> Tensor:
-    kernel = _kernel_between(y, low)
-    if shortcut is not None and shortcut.shape != y.shape:
-        raise ValueError(
-            f"a shortcut {tuple(shortcut.shape)} cannot be added to {tuple(y.shape)}; shapes must be equal"
-        )
-    vectors = [v for v in (scale, shift) if v is not None]
-    if any(v.shape != y.shape[1:2] for v in vectors):
-        raise ValueError(f"scale and shift have {y.shape[1]} values each, not {[tuple(v.shape) for v in vectors]}")
-    given = [y, low, *vectors, *([] if shortcut is None else [shortcut])]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        if len(given) > 2 or relu:
-            raise RuntimeError("the sum with an upsampled map has no gradient beyond y and low; use torch.no_grad()")
-        result: Tensor = _AddUpsampled.apply(y, low, kernel, in_place)
-        return result
-    last = _channels_last(y)
-    out = y if in_place else _empty(y, y.shape[2:], last)
-    _launch_spread(out, y, low, kernel, last, shortcut=shortcut, scale=scale, shift=shift, relu=relu)
-    if in_place and not y.is_inference():
-        torch.autograd.graph.increment_version(y)  # or autograd would not notice a saved y that is no longer the same
-    return out
+def upsample_shares(low: Tensor, size: Sequence[int], window: Sequence[int]) -> Tensor:
+    """Upsample low / (number of values in its window) to `size`. This is the gradient of average pooling."""
+    return _upsample(low, size, window, True, is_channels_last(low))
 
 
-def _kernel_between(y: Tensor, low: Tensor) -> tuple[int, ...]:
-    """1 or 2 for each dimension in which low has y's size or half of it."""
-    high_size, small_size = tuple(y.shape[2:]), tuple(low.shape[2:])
-    kernel = tuple(1 if small == size else 2 for size, small in zip(high_size, small_size, strict=False))
-    if y.shape[:2] != low.shape[:2] or y.dim() != low.dim() or _low_size(high_size, kernel) != small_size:
-        raise ValueError(
-            f"a map {tuple(low.shape)} does not upsample to {tuple(y.shape)}: batch and channels must be equal, and each "
-            f"size equal or half, rounded up"
-        )
-    return kernel
+# Derivatives --------------------------------------------------------------------------------------------------------
 
 
-# Gradients: each of two linear maps is the other's transpose, so they have derivatives of any order --------------------
+def _differentiated(*maps: Tensor | None) -> bool:
+    """Return True if autograd, forward-mode AD or a transform of torch.func follows one of the maps.
+
+    torch.func.debug_unwrap is torch's public test for the tensors of a transform; its result is compared, not used.
+    """
+    grad = torch.is_grad_enabled()
+    return any(
+        x is not None
+        and ((grad and x.requires_grad) or torch.func.debug_unwrap(x) is not x or unpack_dual(x).tangent is not None)
+        for x in maps
+    )
 
 
-class _Pool(torch.autograd.Function):
+class _Operator(torch.autograd.Function):
+    """An operator with its derivatives. forward calls the operator; the other methods call `_pool` and `_upsample`."""
+
+    with_jvp: ClassVar[type[torch.autograd.Function]]
+    """The same class with `pushforward` as `jvp`: torch.compile refuses a Function that has a jvp."""
+
+    @classmethod
+    def __init_subclass__(cls) -> None:
+        if "pushforward" in cls.__dict__:
+            # Function.apply asks for the signature at each call: if it is there, a call takes a third less time.
+            cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+            cls.with_jvp = type(f"{cls.__name__}WithJvp", (cls,), {"jvp": cls.__dict__["pushforward"]})
+
+
+def _call(operator: type[_Operator], maps: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return operator.apply(*maps, *settings)
+    if _differentiated(*maps):
+        return operator.with_jvp.apply(*maps, *settings)
+    return operator.forward(*maps, *settings)
+
+
+def _pool(x: Tensor, window: Sequence[int], mean: bool, channels_last: bool) -> Tensor:
+    return _call(_Pool, (x,), window, mean, channels_last)
+
+
+def _upsample(low: Tensor, size: Sequence[int], window: Sequence[int], mean: bool, channels_last: bool) -> Tensor:
+    return _call(_Upsample, (low,), size, window, mean, channels_last)
+
+
+class _Pool(_Operator):
     """High map -> low map: means, or sums, over windows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: tuple[int, ...], mean: bool, last: bool) -> Tensor:
-        ctx.kernel, ctx.mean, ctx.last, ctx.size = kernel, mean, _channels_last(x), tuple(x.shape[2:])
-        y = _empty(x, _low_size(x.shape[2:], kernel), last)
-        _launch_pool(x, y, kernel, mean, last)
-        return y
+    def forward(x: Tensor, window: Sequence[int], mean: bool, channels_last: bool) -> Tensor:
+        return torch.ops.octvideo.pool(x, window, mean, channels_last)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(grads[0], ctx.size, ctx.kernel, ctx.mean, ctx.last), None, None, None
-
-
-class _Spread(torch.autograd.Function):
-    """Low map -> high map: each value, or its share, in every place of its window."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *ctx.settings = inputs
+        ctx.size, ctx.channels_last = tuple(x.shape[2:]), is_channels_last(x)
 
     @staticmethod
-    def forward(
-        ctx: Any, low: Tensor, size: tuple[int, ...], kernel: tuple[int, ...], mean: bool, last: bool
-    ) -> Tensor:
-        ctx.kernel, ctx.mean, ctx.last = kernel, mean, _channels_last(low)
-        out = _empty(low, size, last)
-        _launch_spread(out, None, low, kernel, last, mean=mean)
-        return out
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        window, mean, _ = ctx.settings
+        return _upsample(grad, ctx.size, window, mean, ctx.channels_last), None, None, None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Pool.apply(grads[0], ctx.kernel, ctx.mean, ctx.last), None, None, None, None
-
-
-class _AddUpsampled(torch.autograd.Function):
-    """y + upsample(low): in place costs no memory, and no convolution needs its own output for its gradient."""
+    def pushforward(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _pool(tangent, *ctx.settings)
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, low: Tensor, kernel: tuple[int, ...], in_place: bool) -> Tensor:
-        ctx.kernel, ctx.last = kernel, _channels_last(low)
-        if in_place:
-            ctx.mark_dirty(y)
-        last = _channels_last(y)
-        out = y if in_place else _empty(y, y.shape[2:], last)
-        _launch_spread(out, y, low, kernel, last)
-        return out
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *settings: Any) -> tuple[Tensor, int]:
+        return _unfold(info, _pool(_fold(info, x, in_dims[0]), *settings))
+
+
+class _Upsample(_Operator):
+    """Low map -> high map: each value, or its share, at all positions of its window."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to_low = _Pool.apply(grads[0], ctx.kernel, False, ctx.last) if ctx.needs_input_grad[1] else None
-        return grads[0], to_low, None, None
+    def forward(low: Tensor, size: Sequence[int], window: Sequence[int], mean: bool, channels_last: bool) -> Tensor:
+        return torch.ops.octvideo.upsample(low, size, window, mean, channels_last)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        low, *ctx.settings = inputs
+        ctx.channels_last = is_channels_last(low)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, window, mean, _ = ctx.settings
+        return _pool(grad, window, mean, ctx.channels_last), None, None, None, None
+
+    @staticmethod
+    def pushforward(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _upsample(tangent, *ctx.settings)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], low: Tensor, *settings: Any) -> tuple[Tensor, int]:
+        return _unfold(info, _upsample(_fold(info, low, in_dims[0]), *settings))
 
 
-# Launches -----------------------------------------------------------------------------------------------------------
+class _UpsampleAdd(_Operator):
+    """relu(y + upsample(low) + shortcut)."""
+
+    @staticmethod
+    def forward(y: Tensor, low: Tensor, shortcut: Tensor | None, relu: bool, mean: bool) -> Tensor:
+        return torch.ops.octvideo.upsample_add(y, low, shortcut, relu, mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, low, shortcut, ctx.relu, ctx.mean = inputs
+        ctx.window, ctx.channels_last = window_between(y, low), is_channels_last(low)
+        ctx.has_shortcut = shortcut is not None
+        if ctx.relu:
+            ctx.save_for_backward(output)
+            ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _where_positive(ctx, grad)
+        to_low = _pool(grad, ctx.window, ctx.mean, ctx.channels_last) if ctx.needs_input_grad[1] else None
+        return grad, to_low, grad if ctx.has_shortcut else None, None, None
+
+    @staticmethod
+    def pushforward(ctx: Any, y: Tensor, low: Tensor, shortcut: Tensor | None, *_: Any) -> Tensor:
+        return _where_positive(ctx, add_upsampled(y, low, shortcut=shortcut, mean=ctx.mean))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        maps = [_fold(info, x, dim) for x, dim in zip(args[:3], in_dims[:3], strict=True)]
+        return _unfold(info, _call(_UpsampleAdd, tuple(maps), *args[3:]))
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and not x.is_contiguous()
+def _where_positive(ctx: Any, grad: Tensor) -> Tensor:
+    """Apply the derivative of the ReLU, which like torch's lets through what belongs to NaN."""
+    return grad.masked_fill(ctx.saved_tensors[0] <= 0, 0.0) if ctx.relu else grad
 
 
-def _memory_format(x: Tensor, last: bool) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return formats[x.dim()] if last else torch.contiguous_format
+def _fold(info: Any, x: Tensor | None, dim: int | None) -> Any:
+    """vmap's dimension joins the batch: [B, N, C, ...] -> [B * N, C, ...]. A map without it is repeated."""
+    if x is None:
+        return None
+    x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
 
 
-def _dense(x: Tensor | None, last: bool) -> bool:
-    return x is not None and x.is_contiguous(memory_format=_memory_format(x, last))
-
-
-def _low_size(size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-s // k) for s, k in zip(size, kernel, strict=True))
-
-
-def _empty(x: Tensor, size: Sequence[int], last: bool) -> Tensor:
-    """A map of x's batch, channels and kind, dense in the memory format."""
-    shape = (*x.shape[:2], *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, last))
-
-
-def _launch_pool(x: Tensor, y: Tensor, kernel: tuple[int, ...], mean: bool, last: bool) -> None:
-    if not y.numel():
-        return
-    grid, tile = _tiles(y, last, x, y)
-    _, channels, *size = _five(x.shape, 1)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever that of the tensors
-        _programs().pool[grid](
-            x, y, *tile[:2], channels, *size, *_five(x.stride(), 0), *_window(kernel), mean, last, *tile[2:]
-        )  # fmt: skip
-
-
-def _launch_spread(
-    out: Tensor,
-    y: Tensor | None,
-    low: Tensor,
-    kernel: tuple[int, ...],
-    last: bool,
-    *,
-    mean: bool = False,
-    shortcut: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    relu: bool = False,
-) -> None:
-    if not out.numel():
-        return
-    grid, tile = _tiles(out, last, out, y, low, shortcut)
-    _, channels, *size = _five(out.shape, 1)
-    strides = [s for x in (y, low, shortcut) for s in ((0,) * 5 if x is None else _five(x.stride(), 0))]
-    scale, shift = (None if v is None else v.contiguous() for v in (scale, shift))
-    with torch.cuda.device_of(out):
-        _programs().spread[grid](
-            out, y, low, shortcut, scale, shift, *tile[:2], channels, *size, *strides, *_window(kernel), mean, relu,
-            out is y, _dense(y, last), _dense(shortcut, last), last, *tile[2:],
-        )  # fmt: skip
-
-
-def _five(values: Sequence[int], time: int) -> tuple[int, ...]:
-    """Of [N, C, T, H, W], or of [N, C, H, W] with `time` for T."""
-    return (*values[:2], time, *values[2:]) if len(values) == 4 else tuple(values)
-
-
-def _window(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    return (1, *kernel) if len(kernel) == 2 else kernel
-
-
-def _tiles(written: Tensor, last: bool, *maps: Tensor | None) -> tuple[tuple[int], tuple[int, int, bool, int, int]]:
-    """The grid and (rows, columns, LARGE, ROWS, COLUMNS) for a map that is written: see kernels_triton.py."""
-    n, c, t, h, w = _five(written.shape, 1)
-    rows, columns = (n * t * h, w * c) if last else (n * c * t, h * w)
-    across = min(1 << (columns - 1).bit_length(), TILE)  # a power of two, as Triton wants it
-    down = TILE // across
-    large = max(_extent(x) for x in maps if x is not None) >= LARGE
-    return (-(-rows // down) * -(-columns // across),), (rows, columns, large, down, across)
-
-
-def _extent(x: Tensor) -> int:
-    return 1 + sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True))
+def _unfold(info: Any, y: Tensor) -> tuple[Tensor, int]:
+    """[B * N, C, ...] -> [B, N, C, ...] and the dimension of B, as vmap expects them."""
+    return y.unflatten(0, (info.batch_size, y.shape[0] // info.batch_size)), 0

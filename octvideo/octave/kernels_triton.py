@@ -1,12 +1,11 @@
-"""The programs that `kernels.py` launches, in Triton's language. The only file that imports it; loaded at first use.
+"""The programs that `kernels_library.py` launches, in Triton's language. Only this file imports Triton, at first use.
 
-A map is [N, C, T, H, W] with any strides. A program instance has a tile of [ROWS, COLUMNS] values of what it writes,
-which lies dense in its memory order: rows (n, c, t) and columns (h, w), or with channels last (LAST) rows (n, t, h) and
-columns (w, c). So neighbouring values are neighbours in memory, whatever the size of a map, and the divisions that find
-n, c, t, h and w are made per row and per column, not per value.
+A map is [N, C, T, H, W] with any strides. A program instance writes a tile of [ROWS, COLUMNS] values of a dense map.
+Rows are (n, c, t) and columns (h, w); with channels last (LAST) rows are (n, t, h) and columns (w, c). So neighboring
+values are neighbors in memory at every size, and n, c, t, h and w cost a division per row and column, not per value.
 
-Sums are float32 and are rounded once, when they are stored. Of the library of Triton only builtins are used, not
-functions that are themselves programs (tl.cdiv, tl.zeros): these are compiled or interpreted as Triton was imported.
+Sums are float32 and are rounded once, when they are stored. The programs call builtins of Triton only, not functions that
+are programs themselves (tl.cdiv, tl.zeros): those are compiled or interpreted according to how Triton was imported.
 """
 
 import triton
@@ -39,19 +38,19 @@ def pool(
 
 
 @triton.jit
-def spread(
-    out, y, low, shortcut, scale, shift, rows, columns, C, T, H, W,
+def upsample_add(
+    out, y, low, shortcut, rows, columns, C, T, H, W,
     y_n, y_c, y_t, y_h, y_w, low_n, low_c, low_t, low_h, low_w,
     shortcut_n, shortcut_c, shortcut_t, shortcut_h, shortcut_w,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MEAN: tl.constexpr, RELU: tl.constexpr,
     IN_PLACE: tl.constexpr, Y_DENSE: tl.constexpr, SHORTCUT_DENSE: tl.constexpr,
     LAST: tl.constexpr, LARGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = relu((y + upsampled low) * scale + shift + shortcut), each but low possibly None, i.e. left out.
+    """Store out = relu(y + upsampled low + shortcut); y and shortcut may be None.
 
-    out, y and shortcut are [N, C, T, H, W], scale and shift [C]. MEAN divides low by the size of its window. out is
-    dense, or with IN_PLACE y itself. What is as DENSE as that needs no strides, whose sum hides from the compiler that
-    several values can be read at once.
+    out, y and shortcut are [N, C, T, H, W]. MEAN divides low by the number of values in its window. out is dense, or with
+    IN_PLACE it is y. A DENSE map is read without strides: their sum would hide from the compiler that several values can
+    be read at once.
     """
     row, column, here = _tile(rows, columns, LARGE, ROWS, COLUMNS)
     n, c, t, h, w = _place(row, column, C, T, H, W, LAST)
@@ -65,16 +64,12 @@ def spread(
         value += tl.load(y + y_at, mask=here, other=0.0).to(tl.float32)
         if IN_PLACE:
             at = y_at
-    if scale is not None:
-        value *= tl.load(scale + c, mask=c < C, other=0.0).to(tl.float32)
-    if shift is not None:
-        value += tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)
     if shortcut is not None:
         source = n * shortcut_n + c * shortcut_c + t * shortcut_t + h * shortcut_h + w * shortcut_w
         source = row * columns + column if SHORTCUT_DENSE else source
         value += tl.load(shortcut + source, mask=here, other=0.0).to(tl.float32)
     if RELU:
-        value = tl.where(value < 0.0, 0.0, value)  # as torch's, which lets NaN through; tl.maximum does not
+        value = tl.where(value < 0.0, 0.0, value)  # NaN passes, as in torch; tl.maximum would drop it
     tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
 
 

@@ -243,6 +243,20 @@ def test_a_barrier_says_that_rank_0_is_gone() -> None:
     assert left == "left" and answer.startswith("later: rank 0 is gone, or has not come within 0.2 s")
 
 
+def test_the_hosts_agree_on_the_largest_number_one_call_later() -> None:
+    def work(world: World) -> list[int]:
+        distributed.start(world, CPU)
+        largest = distributed.HostMax()
+        seen = [largest(number) for number in ((0, 0, 5, 0, 0) if world.rank == 1 else (0, 2, 0, 0, 0))]
+        distributed.barrier("end")
+        distributed.stop()
+        return seen
+
+    assert answers_of(work, 3) == [[0, 0, 2, 5, 0]] * 3
+    alone = distributed.HostMax()
+    assert [alone(0), alone(3), alone(0)] == [0, 3, 0]
+
+
 def test_a_start_names_the_ranks_that_do_not_come() -> None:
     def work(world: World) -> str:
         if world.rank in (1, 3):

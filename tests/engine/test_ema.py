@@ -46,3 +46,17 @@ def test_it_goes_on_where_it_was() -> None:
     other = Ema(nn.Linear(3, 2), 0.9)
     other.load_state_dict(ema.state_dict())
     assert all(torch.equal(other.average[name], value) for name, value in ema.average.items())
+
+
+def test_an_update_is_the_same_to_the_bit_as_weight_by_weight() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 3)).to(memory_format=torch.channels_last)
+    ema = Ema(net, 0.9)
+    for weight in net.parameters():
+        nn.init.normal_(weight)
+    expected = [
+        average.clone().lerp_(weight, 1 - 2 / 11)
+        for average, weight in zip(ema.average.values(), net.parameters(), strict=True)
+    ]
+    ema.update(1)
+    assert all(torch.equal(average, value) for average, value in zip(ema.average.values(), expected, strict=True))

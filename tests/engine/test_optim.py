@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from octvideo.engine.optim import milestones_of, set_lr, sgd, steps, warmup_cosine
+from octvideo.engine.optim import SGD, milestones_of, set_lr, sgd, steps, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,68 @@ def test_norms_and_biases_are_not_decayed() -> None:
             assert torch.equal(parameter, before[name])
         else:
             torch.testing.assert_close(parameter, before[name] * (1 - 0.1 * 0.5 * 1.9))
+
+
+SHAPES = ((64, 3, 1, 7, 7), (16, 24, 3, 1, 1), (8,), (6,), (1,), (17,), (3, 5), (9, 3, 1, 3, 3))
+
+
+def trained(kind: type[torch.optim.SGD], skipped: tuple[int, ...] = (), **settings: float | bool) -> list[torch.Tensor]:
+    """Weights and momenta after 6 steps of drawn gradients; SGD of torch leaves the `skipped` ones out."""
+    draw = torch.Generator().manual_seed(1)
+    weights = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+    for weight in weights[:2]:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+    optimizer = kind([{"params": weights[:3], "weight_decay": 1e-2}, {"params": weights[3:]}], lr=0.1, **settings)
+    for step in range(6):
+        set_lr(optimizer, 0.1 / (1 + step))
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=draw).mul_(math.nan if step in skipped else 1.0)
+        if isinstance(optimizer, SGD):
+            optimizer.found_inf = torch.tensor(float(step in skipped))
+        if isinstance(optimizer, SGD) or step not in skipped:
+            optimizer.step()
+    momenta = [optimizer.state[weight].get("momentum_buffer") for weight in weights]
+    return [*(w.detach() for w in weights), *(m for m in momenta if m is not None)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("momentum,nesterov", [(0.9, True), (0.9, False), (0.0, False)])
+@pytest.mark.parametrize("skipped", [(), (0,), (2, 3)], ids=["all", "not the first", "not two"])
+def test_sgd_has_the_bits_of_torch_s_and_skips_on_the_device(
+    skipped: tuple[int, ...], momentum: float, nesterov: bool, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = trained(SGD, skipped, momentum=momentum, nesterov=nesterov)
+        theirs = trained(torch.optim.SGD, skipped, momentum=momentum, nesterov=nesterov, foreach=False)
+    finally:
+        torch.set_num_threads(before)
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(own, other) for own, other in zip(ours, theirs, strict=True))
+
+
+def test_sgd_leaves_out_weights_without_a_gradient_and_resumes_from_torch_s_state() -> None:
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    theirs = torch.optim.SGD([used, unused], lr=0.5, momentum=0.9)
+    used.grad = torch.ones(3)
+    theirs.step()
+    ours = SGD([used, unused], lr=0.1, momentum=0.9)
+    ours.load_state_dict(theirs.state_dict())
+    ours.step()
+    assert torch.equal(unused, torch.ones(3)) and unused not in ours.state
+    torch.testing.assert_close(used.detach(), torch.full((3,), 1 - 0.5 - 0.5 * 1.9))
+
+
+def test_momentum_of_another_memory_format_is_brought_into_the_weight_s() -> None:
+    """A run that is resumed with another MODEL.CHANNELS_LAST."""
+    draw, results = torch.Generator().manual_seed(0), []
+    start, buffer, grad = (torch.randn(16, 3, 1, 3, 3, generator=draw) for _ in range(3))
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        weight = nn.Parameter(start.clone(memory_format=memory_format))
+        optimizer = SGD([weight], lr=0.1, momentum=0.9)
+        optimizer.state[weight]["momentum_buffer"] = buffer.clone()
+        weight.grad = grad.clone()
+        optimizer.step()
+        results.append((weight.detach(), optimizer.state[weight]["momentum_buffer"]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

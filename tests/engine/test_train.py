@@ -1,19 +1,27 @@
 import json
 import math
-import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from octvideo.data.transforms import normalize
 from octvideo.engine.distributed import World
+from octvideo.engine.ema import Ema
 from octvideo.engine.failures import BudgetError, FailureBudget
 from octvideo.engine.log import Log
+from octvideo.engine.meter import Meter
 from octvideo.engine.nonfinite import NonFinite, NonFiniteError
-from octvideo.engine.train import Meter, Precision, Progress, Stopped, StopRequest, TrainingError, fit, train_step
+from octvideo.engine.optim import SGD, sgd
+from octvideo.engine.stop import Stopped, StopRequest
+from octvideo.engine.train import Precision, Progress, TrainingError, fit, train_step
+from octvideo.engine.unread import UnreadSteps
+from octvideo.models import NETWORKS, create, with_octave
 
 CPU = torch.device("cpu")
 
@@ -25,18 +33,19 @@ def test_train_step_is_sgd_on_the_mean_cross_entropy() -> None:
     loss = F.cross_entropy(x @ weight.T + net.bias.detach(), y)
     (gradient,) = torch.autograd.grad(loss, weight)
     expected = (x @ weight.T + net.bias).detach()
-    got, logits, norm = train_step(net, torch.optim.SGD(net.parameters(), lr=99.0), x, y, lr=0.5, loss=F.cross_entropy)
+    got, logits, norm, finite = train_step(net, SGD(net.parameters(), lr=99.0), x, y, lr=0.5, loss=F.cross_entropy)
+    assert finite
     torch.testing.assert_close(net.weight, weight - 0.5 * gradient)
     assert got.item() == pytest.approx(loss.item())
     torch.testing.assert_close(logits, expected)
     (bias_gradient,) = torch.autograd.grad(F.cross_entropy(logits.requires_grad_(), y), logits)
-    assert norm == pytest.approx(math.hypot(gradient.norm(), bias_gradient.sum(0).norm()), rel=1e-5)
+    assert norm.item() == pytest.approx(math.hypot(gradient.norm(), bias_gradient.sum(0).norm()), rel=1e-5)
 
 
-def linear(seed: int = 0) -> tuple[nn.Module, torch.optim.SGD]:
+def linear(seed: int = 0) -> tuple[nn.Module, SGD]:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
-    return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    return net, SGD(net.parameters(), lr=0.1, momentum=0.9)
 
 
 def stepped(precision: Precision, steps: int = 3, scale: float = 1.0) -> tuple[nn.Module, list[float], list[float]]:
@@ -45,10 +54,10 @@ def stepped(precision: Precision, steps: int = 3, scale: float = 1.0) -> tuple[n
     losses, norms = [], []
     for _ in range(steps):
         x, y = scale * torch.randn(7, 3, 6, 6, generator=draw), torch.randint(5, (7,), generator=draw)
-        value, logits, norm = train_step(net, sgd, x, y, 0.1, F.cross_entropy, precision)
+        value, logits, norm, _ = train_step(net, sgd, x, y, 0.1, F.cross_entropy, precision)
         assert logits.shape == (7, 5) and logits.dtype == torch.float32
         losses.append(float(value))
-        norms.append(norm)
+        norms.append(float(norm))
     return net, losses, norms
 
 
@@ -65,7 +74,7 @@ def test_accumulated_gradients_are_the_large_batch_s(accumulate: int) -> None:
 def test_the_gradient_is_clipped_to_its_norm() -> None:
     net, sgd = linear()
     before = [p.detach().clone() for p in net.parameters()]
-    _, _, norm = train_step(
+    _, _, norm, _ = train_step(
         net, sgd, torch.randn(7, 3, 6, 6), torch.arange(7) % 5, 1.0, F.cross_entropy, Precision(clip_norm=0.01)
     )
     moved = torch.cat([(p - q).flatten() for p, q in zip(net.parameters(), before, strict=True)]).norm()
@@ -94,8 +103,9 @@ def test_a_scale_that_overflows_is_halved_and_the_step_skipped() -> None:
     before = [p.detach().clone() for p in net.parameters()]
     precision = Precision(dtype=torch.float16, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
     x, y = torch.randn(7, 3, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 5
-    value, _, norm = train_step(net, sgd, x, y, 0.1, F.cross_entropy, precision)
-    assert math.isfinite(value) and not math.isfinite(norm) and precision.scale == 2.0**39
+    value, _, norm, finite = train_step(net, sgd, x, y, 0.1, F.cross_entropy, precision)
+    assert value.isfinite() and not norm.isfinite() and not finite
+    assert precision.scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
@@ -103,17 +113,18 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing() -> None:
     net, sgd = linear()
     before = [p.detach().clone() for p in net.parameters()]
     x = torch.full((2, 3, 6, 6), 1e38)
-    value, _, norm = train_step(net, sgd, x, torch.tensor([0, 1]), 0.1, F.cross_entropy)
-    assert math.isfinite(value) and norm == math.inf  # the loss alone would not tell
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)) and not sgd.state
+    value, _, norm, _ = train_step(net, sgd, x, torch.tensor([0, 1]), 0.1, F.cross_entropy)
+    assert value.isfinite() and norm == math.inf  # the loss alone would not tell
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert all(not state["momentum_buffer"].any() for state in sgd.state.values())
 
 
 def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_norms() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    sgd = SGD(net.parameters(), lr=0.1)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     x = torch.full((2, 3, 2, 2), float("nan"))
-    train_step(net, sgd, x, torch.tensor([0, 1]), 0.1, F.cross_entropy)
+    assert not train_step(net, sgd, x, torch.tensor([0, 1]), 0.1, F.cross_entropy).finite
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -174,6 +185,7 @@ def run(
     nonfinite: int = 0,
     after_step=lambda: None,
     after_epoch=lambda values: None,
+    log_period: int = 1,
 ) -> tuple[list[dict], list[float]]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
@@ -188,12 +200,13 @@ def run(
         return 0.1
 
     log = Log(tmp_path, main=True, step=progress.step)
+    meter = meter or Meter(CPU, World())
     fit(
         net,
-        torch.optim.SGD(net.parameters(), lr=1.0),
+        SGD(net.parameters(), lr=1.0),
         loader,
         progress=progress,
-        meter=meter or Meter(CPU, World()),
+        meter=meter,
         epochs=epochs,
         lr_at=lr_at,
         prepare=lambda clips: clips,
@@ -204,9 +217,9 @@ def run(
         precision=Precision(),
         freeze_norm_stats=False,
         failures=FailureBudget(allowed, log, tmp_path / "failed.txt"),
-        nonfinite=NonFinite(nonfinite, tmp_path, "clips/{}.mp4".format, log),
+        unread=UnreadSteps(meter, NonFinite(nonfinite, tmp_path, "clips/{}.mp4".format, log)),
         log=log,
-        log_period=1,
+        log_period=log_period,
         after_step=after_step,
         after_epoch=note,
     )
@@ -273,19 +286,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
     }
 
 
-def test_overflows_that_a_scaler_answers_are_events_and_do_not_count(tmp_path) -> None:
-    log = Log(tmp_path, main=True, step=0)
-    nonfinite = NonFinite(0, tmp_path, str, log)
-    nonfinite.report(3, 0.1, torch.tensor(1.5), math.inf, [1, 2], scale=1024.0)
-    assert nonfinite.skipped == 0 and not list(tmp_path.glob("nonfinite_*"))
-    (event,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert (event["event"], event["step"], event["scale"]) == ("overflow", 3, 1024.0)
-    with pytest.raises(NonFiniteError):  # no scale is left to take away
-        nonfinite.report(4, 0.1, torch.tensor(1.5), math.inf, [1, 2], scale=1.0)
-    with pytest.raises(NonFiniteError):  # the loss itself
-        nonfinite.report(5, 0.1, torch.tensor(math.nan), math.inf, [1, 2], scale=1024.0)
-
-
 def test_within_its_number_a_step_that_is_not_finite_is_skipped_and_nothing_else(tmp_path) -> None:
     """Three epochs of two good steps and a bad one: the sums and weights are those of the good steps."""
     bad, good = Loader(batch(), batch(float("inf")), batch()), Loader(batch(), batch())
@@ -293,6 +293,10 @@ def test_within_its_number_a_step_that_is_not_finite_is_skipped_and_nothing_else
     without, _ = run(good, Progress(), tmp_path / "good")
     assert [e["loss"] for e in with_bad] == [e["loss"] for e in without]
     assert len(list((tmp_path / "bad").glob("nonfinite_*.json"))) == 3
+    late, _ = run(bad, Progress(), tmp_path / "late", nonfinite=3, log_period=100)
+    assert [(e["loss"], e["top1"]) for e in late] == [(e["loss"], e["top1"]) for e in without]
+    names = [sorted(p.name for p in (tmp_path / folder).glob("nonfinite_*.json")) for folder in ("bad", "late")]
+    assert names[0] == names[1] == [f"nonfinite_{step:08d}.json" for step in (2, 5, 8)]
     with pytest.raises(NonFiniteError, match="4 step.s. of this run were not finite"):
         run(bad, Progress(), tmp_path / "more", epochs=4, nonfinite=3)
 
@@ -375,12 +379,79 @@ def test_stopped_behind_an_epoch_its_end_comes_again(tmp_path) -> None:
     assert [(e["epoch"], e["step"]) for e in ended] == [(1, 2)] and rates == [0.0]  # the epoch's own, no step's
 
 
-def test_a_stop_request_notes_the_first_signal_and_leaves_the_second_to_the_system() -> None:
-    before = signal.getsignal(signal.SIGUSR1)
-    with StopRequest() as stop:
-        stop.check(CPU, 3)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(Stopped, match="stopped by SIGUSR1 at step 4"):
-            stop.check(CPU, 4)
-        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGUSR1) == before
+def test_a_step_that_was_skipped_is_reported_at_the_next_line_of_the_log(tmp_path) -> None:
+    progress = Progress()
+    loader = Loader(batch(), batch(float("nan")), batch(), batch(), batch())
+    with pytest.raises(NonFiniteError, match="step 2 was skipped"):
+        run(loader, progress, tmp_path, log_period=4)
+    assert progress.step == 4
+    assert json.loads((tmp_path / "nonfinite_00000002.json").read_text())["step"] == 2
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device: a scalar read by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_between_two_lines_of_the_log_nothing_is_read_from_the_device(
+    half: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's complete step: an octave network, accumulation, clipping, a scaler, a moving average, a stop flag."""
+    torch.manual_seed(0)
+    spec = NETWORKS["i3d_tiny"](5)
+    model = create(with_octave(replace(spec, stages=spec.stages[:2]), 0.25, ratios=[0.25, 0.0]))
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if half else None
+    dtype = torch.float16 if half else torch.float32
+    progress, ema, reads, counts = Progress(), Ema(model, 0.9), Reads(), []
+    for method in ("cpu", "numpy", "tolist"):  # these reach no operator on a CPU
+        original = getattr(Tensor, method)
+
+        def read(self: Tensor, *args, original=original):
+            reads.count += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, method, read)
+    log, stop = Log(tmp_path, main=True, step=0), StopRequest()
+
+    def after_step() -> None:
+        ema.update(progress.step)
+        stop.check(progress.step)
+        counts.append(reads.count)
+        reads.count = 0
+
+    clips = torch.randint(256, (4, 1, 3, 4, 16, 16), dtype=torch.uint8)
+    steps = [Batch(clips, torch.tensor([0, 1, 2, 3])) for _ in range(8)]
+    meter = Meter(CPU, World())
+    with reads:
+        fit(
+            model,
+            sgd(model, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, weight_decay_norm=0.0),
+            Loader(*steps),
+            progress=progress,
+            meter=meter,
+            epochs=1,
+            lr_at=lambda epoch: 0.1 / (1 + epoch),
+            prepare=partial(normalize, mean=0.45, std=0.225),
+            mix=keep,
+            loss=partial(F.cross_entropy, label_smoothing=0.1),
+            device=CPU,
+            world=World(),
+            precision=Precision(accumulate=2, clip_norm=1.0, dtype=dtype, scaler=scaler),
+            freeze_norm_stats=False,
+            failures=FailureBudget(0, log, tmp_path / "failed.txt"),
+            unread=UnreadSteps(meter, NonFinite(0, tmp_path, str, log)),
+            log=log,
+            log_period=4,
+            after_step=after_step,
+            after_epoch=lambda values: None,
+        )
+    assert counts[:3] == [0, 0, 0] and counts[4:7] == [0, 0, 0]
+    assert counts[3] > 0 and counts[7] > 0  # the lines of the log, so the count works

@@ -10,7 +10,8 @@ from torch import nn
 
 from octvideo.models import NETWORKS, SlowFastSpec, Spec, create, with_octave
 from octvideo.octave import fuse
-from octvideo.octave.fuse import FusedConv, FusedOctConv, frames_as_channels
+from octvideo.octave.fuse import FusedConv, FusedOctConv
+from octvideo.octave.resample import frames_as_channels
 
 from .shallow import cut
 from .test_export import NETWORKS as CONFIGURATIONS

@@ -18,7 +18,8 @@ from octvideo.octave import (
     lift,
 )
 from octvideo.octave.feature import Feature, low_size
-from octvideo.octave.fuse import FusedConv, FusedNorm, FusedOctConv, _pool, arrangements, cost
+from octvideo.octave.fuse import FusedConv, FusedNorm, FusedOctConv, arrangements, cost
+from octvideo.octave.resample import average_pool
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -107,7 +108,7 @@ def test_pooling_keeps_the_layout(size: tuple[int, ...], layout: torch.memory_fo
     x = torch.randn(2, 6, *size).contiguous(memory_format=layout)
     for part in (x, x[:, 2:5]):
         expected = nn.functional.avg_pool3d(part, (1, 2, 2), ceil_mode=True, count_include_pad=False)
-        pooled = _pool(part, (1, 2, 2))
+        pooled = average_pool(part, (1, 2, 2), fused=True)
         torch.testing.assert_close(pooled, expected)
         assert pooled.is_contiguous(memory_format=layout)
 

@@ -1,285 +1,80 @@
-"""The Triton kernels against torch's operations and NumPy: by Triton's interpreter on the CPU, and on a GPU if there is one.
-
-The interpreter runs a second copy of the programs, so that nothing else in this process meets it. It rounds float32 to
-bfloat16 towards zero, where GPUs round to nearest.
-"""
+"""The functions of the Triton kernels: derivatives by autograd and torch.func, bad input, and where they are usable."""
 
 import importlib.util
-import itertools
-import os
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
+import torch.autograd.forward_ad as fwd
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from octvideo.octave import Octave, OctConv3d, feature, fuse, kernels
-from octvideo.octave.fuse import FusedOctConv, _pool
+from octvideo.octave import feature, kernels, kernels_library
 
-from . import reference
-
-ROOT = Path(__file__).parents[2]
-LAYOUTS = {
-    "contiguous": {4: torch.contiguous_format, 5: torch.contiguous_format},
-    "channels last": {4: torch.channels_last, 5: torch.channels_last_3d},
-}
-CASES = [
-    ((1, 3, 5, 7), (2, 2)),
-    ((2, 1, 4, 6), (2, 1)),
-    ((2, 5, 1, 1), (2, 2)),
-    ((1, 37, 3, 9), (1, 2)),
-    ((2, 3, 3, 5, 7), (2, 2, 2)),
-    ((1, 4, 1, 6, 4), (1, 2, 2)),
-    ((2, 2, 4, 1, 3), (2, 2, 2)),
-    ((1, 3, 5, 2, 3), (2, 1, 1)),
-    ((1, 3, 4, 5, 3), (2, 1, 2)),
-    ((1, 1, 2, 5, 33), (1, 2, 2)),
-]
-Case = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def a_copy_of_the_programs(name: str) -> ModuleType:
-    pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")
-    spec = importlib.util.spec_from_file_location(name, Path(kernels.__file__).with_name("kernels_triton.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> ModuleType:
-    pytest.importorskip("triton", reason="Triton is not installed; tests/peers.txt says which")  # as it is elsewhere
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where a program is defined
-        return a_copy_of_the_programs("kernels_interpreted")
-
-
-@pytest.fixture
-def cpu(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU as a device that runs kernels, and has been tried."""
-    monkeypatch.setattr(kernels, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(kernels, "_programs", lambda: interpreted)
-    assert kernels._works(torch.device("cpu"))
-    return "cpu"
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu":
-        return str(request.getfixturevalue("cpu"))
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    pytest.importorskip("triton")
-    assert kernels._works(torch.zeros(0, device="cuda").device)
-    return "cuda"
+from .kernel_maps import (
+    CASES,
+    LAYOUTS,
+    Case,
+    a_low_map,
+    a_map,
+    copy_of_module,
+    double,
+    eager_pool,
+    eager_sum,
+)
 
 
 @pytest.fixture
 def untried() -> Iterator[None]:
-    """No device has been tried, and none is when the test is over."""
+    """No device has been tried before the test, and none after it."""
     kernels._works.cache_clear()
     yield
     kernels._works.cache_clear()
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each program is launched."""
-    counts: Counter[str] = Counter()
-
-    def counted(name: str, launch: Callable[..., None]) -> Callable[..., None]:
-        def count(*args: object, **options: object) -> None:
-            counts[name] += 1
-            launch(*args, **options)
-
-        return count
-
-    for name in ("pool", "spread"):
-        monkeypatch.setattr(kernels, f"_launch_{name}", counted(name, getattr(kernels, f"_launch_{name}")))
-    return counts
+CASE = ((2, 2, 3, 5, 4), (2, 2, 2))
+KERNEL = CASE[1]
 
 
-def a_map(
-    shape: tuple[int, ...], device: str, layout: str = "contiguous", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    return torch.randn(shape).to(device, dtype).contiguous(memory_format=LAYOUTS[layout][len(shape)])
+def relu_sum(y: Tensor, low: Tensor, shortcut: Tensor) -> Tensor:
+    return kernels.add_upsampled(y, low, shortcut=shortcut, relu=True)
 
 
-def a_low_map(case: Case, device: str, layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
-    shape, kernel = case
-    return a_map((*shape[:2], *feature.low_size(shape[2:], kernel)), device, layout, dtype)
+def plain_relu_sum(y: Tensor, low: Tensor, shortcut: Tensor) -> Tensor:
+    return torch.relu(eager_sum(y, low) + shortcut)
 
 
-def eager_pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    with kernels.enabled(False):
-        return feature.average_pool(x, kernel)
+def sum_in_place(y: Tensor, low: Tensor) -> Tensor:
+    return kernels.add_upsampled_(y * 1, low)
 
 
-def eager_sum(y: Tensor, low: Tensor) -> Tensor:
-    return y + feature.upsample(low, y.shape[2:])
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], str]] = {
+    "pool": (lambda x: kernels.average_pool(x, KERNEL), lambda x: eager_pool(x, KERNEL), "y"),
+    "sum": (kernels.add_upsampled, eager_sum, "y low"),
+    "sum in place": (sum_in_place, eager_sum, "y low"),
+    "sum, shortcut, relu": (relu_sum, plain_relu_sum, "y low shortcut"),
+}
+"""By name: a function of the kernels, the same of torch's operators, and the maps that both read."""
 
 
-def double(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().double().numpy()
+def maps_for(names: str, device: str, *batch: int, shape: tuple[int, ...] = CASE[0]) -> tuple[Tensor, ...]:
+    shapes = {"y": shape, "shortcut": shape, "low": (*shape[:2], *feature.low_size(shape[2:], KERNEL))}
+    return tuple(torch.randn(*batch, *shapes[name]).to(device) for name in names.split())
 
 
-def close(x: Tensor, expected: Tensor) -> None:
-    """Within a rounding of half precision, or the interpreter's way of rounding it."""
-    steps = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-    np.testing.assert_allclose(double(x), double(expected), rtol=steps[x.dtype], atol=steps[x.dtype])
+def loss_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *maps: function(*maps).pow(3).sum()
 
 
-# --- the numbers ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_average_pool(case: Case, layout: str, device: str) -> None:
-    shape, kernel = case
-    x = a_map(shape, device, layout)
-    y = kernels.average_pool(x, kernel)
-    assert torch.equal(y, eager_pool(x, kernel))  # bit for bit
-    np.testing.assert_allclose(double(y), reference.average_pool(double(x), kernel), rtol=0, atol=1e-6)
-    assert y.is_contiguous(memory_format=LAYOUTS[layout][x.dim()])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_add_upsampled(case: Case, layout: str, device: str) -> None:
-    y, low = a_map(case[0], device, layout), a_low_map(case, device, layout)
-    before = y.clone()
-    total = kernels.add_upsampled(y, low)
-    assert torch.equal(y, before)
-    assert torch.equal(total, eager_sum(y, low))
-    up = reference.upsample(double(low), case[1], case[0][2:])
-    np.testing.assert_allclose(double(total), double(y) + up, rtol=0, atol=1e-6)
-    assert total.is_contiguous(memory_format=LAYOUTS[layout][y.dim()])
-    assert kernels.add_upsampled_(y, low) is y
-    assert torch.equal(y, total)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_precision(dtype: torch.dtype, layout: str, device: str) -> None:
-    for case in (CASES[0], CASES[4]):
-        x, low = a_map(case[0], device, layout, dtype), a_low_map(case, device, layout, dtype)
-        y = kernels.average_pool(x, case[1])
-        close(y, eager_pool(x.float(), case[1]))
-        assert y.dtype == dtype and y.is_contiguous(memory_format=LAYOUTS[layout][x.dim()])
-        total = kernels.add_upsampled(x, low, shortcut=x, relu=True)
-        close(total, torch.relu(eager_sum(x.float(), low.float()) + x.float()))
-        assert total.dtype == dtype
-
-
-@pytest.mark.parametrize("options", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_epilogue(options: tuple[bool, ...], device: str) -> None:
-    case = CASES[4]
-    y, low, shortcut = a_map(case[0], device), a_low_map(case, device, "channels last"), a_map(case[0], device)
-    shortcut = shortcut.contiguous(memory_format=torch.channels_last_3d)  # need not be y's layout
-    scale, shift = torch.randn(2, 3, device=device)
-    beside = (..., None, None, None)
-    with_scale, with_shift, with_shortcut, relu = options
-    expected = eager_sum(y, low)
-    expected = expected * scale[beside] if with_scale else expected
-    expected = expected + shift[beside] if with_shift else expected
-    expected = expected + shortcut if with_shortcut else expected
-    expected = torch.relu(expected) if relu else expected
-    given = {
-        "scale": scale if with_scale else None,
-        "shift": shift if with_shift else None,
-        "shortcut": shortcut if with_shortcut else None,
-    }
-    total = kernels.add_upsampled(y, low, **given, relu=relu)
-    np.testing.assert_allclose(double(total), double(expected), rtol=0, atol=2e-6)
-    if device == "cpu":
-        assert torch.equal(total, expected)  # a GPU may contract a product and a sum
-    assert torch.equal(kernels.add_upsampled_(y, low, **given, relu=relu), total)
-
-
-def test_relu_lets_nan_through(device: str) -> None:
-    y = torch.tensor([float("nan"), -1.0, 2.0, float("-inf")], device=device).reshape(1, 1, 2, 2)
-    total = kernels.add_upsampled(y, torch.zeros(1, 1, 1, 1, device=device), relu=True).flatten().tolist()
-    assert np.isnan(total[0]) and total[1:] == [0.0, 2.0, 0.0]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_tiles_and_offsets_of_64_bits(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile of 64 cuts rows as well as columns; what large maps need gives the same for small ones."""
-    for case in (CASES[4], CASES[9]):
-        y, low = a_map(case[0], device, layout), a_low_map(case, device, layout)
-        expected = kernels.average_pool(y, case[1]), kernels.add_upsampled(y, low, shortcut=y, relu=True)
-        for name, value in (("TILE", 64), ("LARGE", 0)):
-            with monkeypatch.context() as patch:
-                patch.setattr(kernels, name, value)
-                found = kernels.average_pool(y, case[1]), kernels.add_upsampled(y, low, shortcut=y, relu=True)
-            assert all(map(torch.equal, found, expected))
-
-
-def test_int64_offsets_begin_where_int32_would_end() -> None:
-    near = torch.empty(1, device="meta").expand(1, 1, 2**15, 2**15 - 1)
-    maps = [near.as_strided((1, 1, 2**15, w), (0, 0, w, 1)) for w in (2**15 - 1, 2**15)]
-    assert [kernels._tiles(x, False, x)[1][2] for x in maps] == [False, True]
-    # a slice of few channels reaches as far as the map that it is cut from
-    part = near.as_strided((2, 1, 4, 4), (2**30, 16, 4, 1))
-    assert kernels._tiles(part, False, part)[1][2]
-
-
-def test_offsets_beyond_32_bits(cpu: str) -> None:
-    """Channels 1.5 GB apart, of which only what is used is ever given memory: int32 would wrap around at the last one."""
-    apart = 3 * 2**28
-    x = torch.empty(3 * apart + 16, dtype=torch.float16).as_strided((1, 4, 3, 4), (0, apart, 4, 1))
-    x.copy_(torch.randn(x.shape))
-    y = kernels.average_pool(x, (2, 2))
-    assert torch.equal(y, eager_pool(x.contiguous(), (2, 2)))
-    expected = eager_sum(x, y)
-    assert torch.equal(kernels.add_upsampled(x, y), expected)
-    assert torch.equal(kernels.add_upsampled_(x, y), expected)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_views(layout: str, device: str) -> None:
-    x = a_map((2, 8, 3, 5, 6), device, layout)
-    for view in (x[:, 2:5], x[:, ::2], x.transpose(2, 4), x[:1, :, :, 1:, ::2], x.movedim(1, 4)):
-        kernel = (2, 2, 2)
-        assert torch.equal(kernels.average_pool(view, kernel), eager_pool(view, kernel))
-        low = a_map((*view.shape[:2], *feature.low_size(view.shape[2:], kernel)), device)
-        assert torch.equal(kernels.add_upsampled(view, low), eager_sum(view, low))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_slice_of_channels_is_written_alone(layout: str, device: str) -> None:
-    x = a_map((2, 8, 3, 5, 6), device, layout)
-    low = a_map((2, 6, 3, 3, 3), device, layout)[:, 1:5]
-    expected = x.clone()
-    expected[:, 2:6] += feature.upsample(low, (3, 5, 6))
-    kernels.add_upsampled_(x[:, 2:6], low)
-    assert torch.equal(x, expected)
-
-
-def test_no_values(device: str) -> None:
-    for shape in [(2, 0, 3, 5, 7), (0, 2, 3, 5, 7)]:
-        x = torch.empty(shape, device=device, requires_grad=True)
-        y = kernels.average_pool(x, (1, 2, 2))
-        assert y.shape == (*shape[:2], 3, 3, 4)
-        assert kernels.add_upsampled(x.detach(), y.detach()).shape == shape
-        y.sum().backward()
-        assert x.grad is not None and x.grad.shape == shape
-
-
-def test_a_window_of_one_value_is_the_map_itself(device: str) -> None:
-    x = a_map((1, 2, 3, 4), device)
-    assert kernels.average_pool(x, (1, 1)) is x
-    assert torch.equal(kernels.add_upsampled(x, x), x + x)
+def nearly(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -312,9 +107,9 @@ def test_gradients(case: Case, layout: str, device: str) -> None:
 
 def test_gradients_are_finite_differences(device: str) -> None:
     """Steps of 1/4 of small integers: both maps are linear, so the quotients are exact."""
-    x = torch.randint(-4, 5, (1, 1, 3, 3), device=device).float().requires_grad_()
-    low = torch.randint(-4, 5, (1, 1, 2, 2), device=device).float().requires_grad_()
-    weight = torch.randint(-4, 5, (1, 1, 3, 3), device=device).float()
+    x = torch.randint(-4, 5, (1, 1, 3, 2), device=device).float().requires_grad_()
+    low = torch.randint(-4, 5, (1, 1, 2, 1), device=device).float().requires_grad_()
+    weight = torch.randint(-4, 5, (1, 1, 3, 2), device=device).float()
 
     def loss() -> Tensor:
         pooled = kernels.average_pool(x, (2, 2))
@@ -392,115 +187,148 @@ def test_in_inference_mode(device: str) -> None:
         assert torch.equal(kernels.average_pool(y, (2, 2)), eager_pool(y, (2, 2)))
 
 
-# --- requests that cannot be met ------------------------------------------------------------------------------------
+# --- second order and forward mode ------------------------------------------------------------------------------------
 
 
-def test_errors_name_the_numbers() -> None:
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # gradcheck asks for float64, and the kernels sum in float32
+@pytest.mark.parametrize("name", ["pool", "sum", "sum in place"])
+def test_gradcheck(name: str, cpu: str) -> None:
+    """Check first and second order, backward and forward. A linear function has exact difference quotients in float32."""
+    y, low = torch.randn(1, 1, 3, 1).requires_grad_(), torch.randn(1, 1, 2, 1).requires_grad_()
+    maps = (y,) if name == "pool" else (y, low)
+    function = (lambda x: kernels.average_pool(x, (2, 1))) if name == "pool" else FUNCTIONS[name][0]
+    options: dict[str, Any] = {"eps": 0.5, "atol": 1e-4, "rtol": 1e-4}
+    batched = name == "pool"
+    assert torch.autograd.gradcheck(function, maps, check_forward_ad=True, check_batched_grad=batched, **options)
+    if name != "sum in place":  # which copies the other sum
+        assert torch.autograd.gradgradcheck(function, maps, **options)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode(name: str, device: str, launches: Counter[str]) -> None:
+    function, plain, names = FUNCTIONS[name]
+    maps, tangents = maps_for(names, device), maps_for(names, device)
+
+    def derivative(f: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad(), fwd.dual_level():
+            tangent = fwd.unpack_dual(f(*map(fwd.make_dual, maps, tangents))).tangent
+            assert tangent is not None
+            return tangent
+
+    nearly(derivative(function), derivative(plain))
+    assert sum(launches.values()) == 2  # the value and its tangent
+
+
+@pytest.mark.parametrize("which", ["y", "low"])
+def test_forward_mode_by_one_of_the_maps(which: str, cpu: str) -> None:
+    y, low = maps_for("y low", cpu)
+    with fwd.dual_level():
+        maps = [fwd.make_dual(x, x) if name == which else x for name, x in (("y", y), ("low", low))]
+        tangent = fwd.unpack_dual(kernels.add_upsampled(*maps)).tangent
+    expected = y if which == "y" else feature.upsample(low, y.shape[2:])
+    assert torch.equal(tangent, expected)
+
+
+def test_the_gradient_stops_where_the_relu_is_zero(device: str) -> None:
+    maps = [x.requires_grad_() for x in maps_for("y low shortcut", device)]
+    grad = torch.randn(CASE[0], device=device)
+    found = torch.autograd.grad(relu_sum(*maps), maps, grad)
+    expected = torch.autograd.grad(plain_relu_sum(*maps), maps, grad)
+    nearly(found, expected)
+    assert 0 < found[0].count_nonzero().item() < found[0].numel()
+
+
+# --- torch.func -----------------------------------------------------------------------------------------------------
+
+
+def check_transform(name: str, maps: tuple[Tensor, ...], transform: Callable[..., Any]) -> None:
+    """Apply a transform to a function of the kernels and to that of torch's operators, and compare the results."""
+    function, plain, _ = FUNCTIONS[name]
+    nearly(transform(function, maps), transform(plain, maps))
+
+
+def argnums(maps: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(range(len(maps)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_grad(name: str, device: str, launches: Counter[str]) -> None:
+    maps = maps_for(FUNCTIONS[name][2], device)
+    check_transform(name, maps, lambda f, maps: torch.func.grad(loss_of(f), argnums(maps))(*maps))
+    assert sum(launches.values()) == 2  # forward and backward
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_jvp(name: str, device: str, launches: Counter[str]) -> None:
+    check_transform(name, maps_for(FUNCTIONS[name][2], device), lambda f, maps: torch.func.jvp(f, maps, maps))
+    assert sum(launches.values()) == 2
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vmap(name: str, dim: int, device: str, launches: Counter[str]) -> None:
+    maps = tuple(x.movedim(0, dim) for x in maps_for(FUNCTIONS[name][2], device, 3))
+    check_transform(name, maps, lambda f, maps: torch.func.vmap(f, in_dims=dim, out_dims=1)(*maps))
+    assert sum(launches.values()) == 1  # one launch for the batch
+
+
+def test_vmap_over_one_of_the_maps(device: str) -> None:
+    y, low = maps_for("y low", device)
+    ys, lows = maps_for("y low", device, 3)
+    for maps, in_dims in (((ys, low), (0, None)), ((y, lows), (None, 0))):
+        found = torch.func.vmap(kernels.add_upsampled, in_dims=in_dims)(*maps)
+        nearly(found, torch.func.vmap(eager_sum, in_dims=in_dims)(*maps))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nested_transforms(name: str, cpu: str) -> None:
+    def gradient(f: Callable[..., Tensor]) -> Callable[..., Any]:
+        return torch.func.grad(loss_of(f))
+
+    names = FUNCTIONS[name][2]
+    maps, batch, tiny = maps_for(names, cpu), maps_for(names, cpu, 2), maps_for(names, cpu, shape=(1, 1, 1, 2, 2))
+    check_transform(name, batch, lambda f, maps: torch.func.vmap(gradient(f))(*maps))
+    check_transform(name, batch, lambda f, maps: torch.func.grad(loss_of(torch.func.vmap(f)))(*maps))
+    check_transform(name, batch, lambda f, maps: torch.func.jvp(torch.func.vmap(f), maps, maps))
+    check_transform(name, maps, lambda f, maps: torch.func.jvp(gradient(f), maps, maps))
+    check_transform(name, tiny, lambda f, maps: torch.func.hessian(loss_of(f))(*maps))
+
+
+def test_a_map_of_an_outer_transform_in_an_inner_one(cpu: str) -> None:
+    """The inner transform follows the weight only; the outer one must still see how the map changes the result."""
+    (x,) = maps_for("y", cpu)
+    weight = torch.ones_like(eager_pool(x, KERNEL))
+
+    def outer(pool: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.func.grad(lambda w: (pool(x) * w).square().sum())(weight)
+
+    function, plain, _ = FUNCTIONS["pool"]
+    nearly(torch.func.jvp(outer(function), (x,), (x,)), torch.func.jvp(outer(plain), (x,), (x,)))
+    constant = torch.func.vmap(lambda scale: function(x) * scale)(torch.arange(3.0))
+    nearly(constant, torch.func.vmap(lambda scale: plain(x) * scale)(torch.arange(3.0)))
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_numbers(cpu: str) -> None:
     y, low = torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 2, 3)
-    with pytest.raises(ValueError, match=r"kernel is \(2, 3\); it gives 1 or 2 for each of 2 dimensions"):
-        kernels.average_pool(y, (2, 3))
+    for window in ((2, 3), (1, 1, 1)):
+        with pytest.raises(ValueError, match=rf"window is \({window[0]}, {window[1]}.*1 or 2.*2 dimensions"):
+            kernels.average_pool(y, window)
     for wrong in ((1, 2, 2, 2), (1, 3, 2, 3), (2, 2, 2, 3), (1, 2, 1, 3), (1, 2, 1, 2, 3)):
-        with pytest.raises(ValueError, match=r"does not upsample to \(1, 2, 4, 5\)"):
-            kernels.add_upsampled_(y, torch.zeros(wrong))
-    with pytest.raises(ValueError, match=r"shortcut \(1, 2, 1, 1\) cannot be added to \(1, 2, 4, 5\)"):
+        for add in (kernels.add_upsampled, kernels.add_upsampled_):
+            with pytest.raises(ValueError, match=r"upsample to \(1, 2, 4, 5\)"):
+                add(y, torch.zeros(wrong))
+    with pytest.raises(ValueError, match=r"\(1, 2, 2, 3\).*upsample to \(4, 7\)"):
+        kernels.upsample_shares(low, (4, 7), (2, 2))
+    with pytest.raises(ValueError, match=r"shortcut \(1, 2, 1, 1\).*\(1, 2, 4, 5\)"):
         kernels.add_upsampled(y, low, shortcut=torch.zeros(1, 2, 1, 1))
-    with pytest.raises(ValueError, match=r"scale and shift have 2 values each, not \[\(3,\)\]"):
-        kernels.add_upsampled(y, low, scale=torch.zeros(3))
-    with pytest.raises(RuntimeError, match="no gradient beyond y and low"):
-        kernels.add_upsampled(y, low.requires_grad_(), relu=True)
-    with pytest.raises(RuntimeError, match=r"one place in memory.*clone\(\)"):
-        kernels.add_upsampled_(torch.zeros(1, 2, 1, 1).expand(1, 2, 4, 5), low.detach())
+    with pytest.raises(RuntimeError, match=r"one memory location.*clone\(\)"):
+        kernels.add_upsampled_(torch.zeros(1, 2, 1, 1).expand(1, 2, 4, 5), low)
 
 
 # --- where they are used --------------------------------------------------------------------------------------------
-
-
-def test_the_law_of_feature_uses_them(device: str, launches: Counter[str]) -> None:
-    x, low = a_map((1, 2, 3, 5, 5), device).requires_grad_(), a_map((1, 2, 3, 3, 3), device)
-    y = feature.average_pool(x, (1, 2, 2))
-    with torch.no_grad():
-        total = feature.add_upsampled(x * 1, low)
-    assert launches == {"pool": 1, "spread": 1}
-    y.sum().backward()
-    assert launches == {"pool": 1, "spread": 2}
-    with kernels.enabled(False), torch.no_grad():
-        assert torch.equal(feature.average_pool(x, (1, 2, 2)), y)
-        assert torch.equal(feature.add_upsampled(x * 1, low), total)
-    # what they do not cover
-    assert torch.equal(feature.average_pool(x, (3, 1, 1)), eager_pool(x, (3, 1, 1)))
-    feature.average_pool(x.double(), (1, 2, 2))
-    assert feature.average_pool(x[:, :0], (1, 2, 2)).shape == (1, 0, 3, 3, 3)
-    assert launches == {"pool": 1, "spread": 2}
-
-
-def test_add_upsampled_of_feature_without_kernels() -> None:
-    y, low = torch.randn(1, 2, 3, 5, 5), torch.randn(1, 2, 2, 3, 3)
-    expected = double(y) + reference.upsample(double(low), (2, 2, 2), (3, 5, 5))
-    with torch.no_grad():
-        assert feature.add_upsampled(y, low) is y
-    np.testing.assert_allclose(double(y), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("arrangement", ["apart", "late"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.ReLU6()], ids=str)
-@pytest.mark.parametrize("alpha_out", [0.0, 0.5])
-def test_fused_layers_use_them(
-    alpha_out: float, activation: nn.Module | None, layout: str, arrangement: str, device: str, launches: Counter[str]
-) -> None:
-    if arrangement == "late" and not alpha_out:
-        pytest.skip("late is for two frequencies")
-    conv = OctConv3d(6, 8, 1, alpha_in=0.5, alpha_out=alpha_out).to(device)
-    layer = FusedOctConv(conv, activation, arrangement)
-    x = Octave(a_map((1, 3, 2, 5, 4), device, layout), a_map((1, 3, 2, 3, 2), device, layout))
-    high, low = a_map((1, 8 - int(8 * alpha_out), 2, 5, 4), device, layout), a_map((1, 4, 2, 3, 2), device, layout)
-    for shortcut in (None, Octave(high, low) if alpha_out else high):
-        launches.clear()
-        with torch.no_grad():
-            y = layer(x, shortcut)
-        assert launches["spread"] == 1 and launches["pool"] == (1 if alpha_out else 0)
-        with kernels.enabled(False), torch.no_grad():
-            expected = layer(x, shortcut)
-        for own, theirs in zip(y, expected, strict=True) if alpha_out else [(y, expected)]:
-            np.testing.assert_allclose(double(own), double(theirs), rtol=0, atol=1e-5)
-    # a gradient by the input, or a shortcut that broadcasts: torch's operations, which are right
-    launches.clear()
-    layer(Octave(x.high.clone().requires_grad_(), x.low), None)
-    if not alpha_out:
-        with torch.no_grad():
-            layer(x, high[..., :1, :1])
-    assert launches["spread"] == 0
-
-
-def test_fused_pooling_uses_them(device: str, launches: Counter[str]) -> None:
-    x = a_map((1, 4, 3, 5, 4), device)
-    assert torch.equal(_pool(x[:, 1:3], (1, 2, 2)), eager_pool(x[:, 1:3], (1, 2, 2)))
-    assert launches == {"pool": 1}
-
-
-def test_a_fused_network_gives_the_same(device: str, launches: Counter[str]) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = OctConv3d(4, 8, (1, 3, 3), padding=(0, 1, 1), alpha_in=0.5, alpha_out=0.5)
-            self.b = OctConv3d(8, 4, (1, 3, 3), padding=(0, 1, 1), alpha_in=0.5, alpha_out=0.5)
-            self.relu = nn.ReLU()
-
-        def forward(self, x: Octave) -> feature.Feature:
-            return feature.lift(self.relu, feature.lift(torch.add, self.b(feature.lift(self.relu, self.a(x))), x))
-
-    network = fuse(Block()).to(device)
-    x = Octave(a_map((2, 2, 2, 5, 6), device), a_map((2, 2, 2, 3, 3), device))
-    with torch.no_grad():
-        y = network(x)
-        assert launches["spread"] and launches["pool"]
-        with kernels.enabled(False):
-            expected = network(x)
-    for own, theirs in zip(y, expected, strict=True):
-        np.testing.assert_allclose(double(own), double(theirs), rtol=0, atol=1e-5)
-
-
-# --- where they are not ---------------------------------------------------------------------------------------------
 
 
 def test_usable_where_there_is_a_device(cpu: str) -> None:
@@ -519,43 +347,17 @@ def test_not_usable_on_a_cpu() -> None:
     assert not kernels.usable(torch.zeros(1, 1, 2, 2))
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns that it is old, and of sizes
-def test_not_used_where_somebody_follows_the_operations(cpu: str, launches: Counter[str]) -> None:
-    x = torch.randn(2, 2, 4, 4)
-    expected = eager_pool(x, (2, 2))
-    assert kernels.usable(x)
-
-    def pool(x: Tensor) -> Tensor:
-        return feature.average_pool(x, (2, 2))
-
-    class Pool(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return pool(x)
-
-    class Watching(Pool):
-        usable: bool
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.usable = kernels.usable(x)
-            return x * 2
-
-    assert torch.equal(torch.compile(pool, fullgraph=True, backend="eager")(x), expected)
-    assert torch.equal(torch.export.export(Pool(), (x,)).module()(x), expected)
-    assert torch.equal(torch.jit.trace(Pool(), (x,), check_trace=False)(x), expected)
-    with FlopCounterMode(display=False):
-        pool(x)
-    assert torch.equal(torch.func.vmap(pool)(x[None])[0], expected)
-    torch.func.grad(lambda t: pool(t).sum())(x)
-    assert torch.equal(torch.func.jvp(pool, (x,), (x,))[1], expected)
-    with torch.autograd.forward_ad.dual_level():
-        dual = pool(torch.autograd.forward_ad.make_dual(x, x))
-        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
-    with FakeTensorMode() as mode:
-        assert pool(mode.from_tensor(x)).shape == (2, 2, 2, 2)
-    watching = Watching()
-    fx.symbolic_trace(watching)
-    assert watching.usable is False
-    assert launches == {}
+def test_the_first_try_is_outside_of_modes_and_transforms(
+    cpu: str, untried: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    x = torch.randn(2, 1, 4, 4)
+    with FlopCounterMode(display=False) as counter, fwd.dual_level():
+        y = torch.func.vmap(lambda x: feature.average_pool(x, (2, 2)))(x[None])[0]
+    assert counter.get_total_flops() == 2 * x.numel()
+    assert torch.equal(y, eager_pool(x, (2, 2))) and len(recwarn) == 0
+    kernels._works.cache_clear()
+    with FakeTensorMode():
+        assert kernels.usable(x)
 
 
 def test_a_device_on_which_they_fail_is_told_once(cpu: str, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,7 +365,7 @@ def test_a_device_on_which_they_fail_is_told_once(cpu: str, untried: None, monke
         def __getitem__(self, grid: object) -> Callable[..., None]:
             raise OSError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels, "_programs", lambda: SimpleNamespace(pool=Program()))
+    monkeypatch.setattr(kernels_library, "_programs", lambda: SimpleNamespace(pool=Program()))
     x = torch.randn(1, 1, 4, 4)
     with pytest.warns(RuntimeWarning, match=r"not used on cpu.*OSError: Failed to find C compiler.*OCTVIDEO_KERNELS=0"):
         y = feature.average_pool(x, (2, 2))
@@ -573,7 +375,7 @@ def test_a_device_on_which_they_fail_is_told_once(cpu: str, untried: None, monke
 
 
 def test_a_device_on_which_they_are_wrong_is_told(cpu: str, untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_launch_pool", lambda x, y, *_: y.zero_())
+    monkeypatch.setattr(kernels_library, "_launch_pool", lambda x, y, *_: y.zero_())
     with pytest.warns(RuntimeWarning, match=r"not used on cpu.*AssertionError"):
         assert not kernels.usable(torch.randn(1, 1, 4, 4))
 
@@ -586,107 +388,10 @@ def test_without_triton(untried: None, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not kernels.usable(torch.randn(1, 1, 4, 4))
 
 
-def test_the_environment_turns_them_off() -> None:
-    code = "from octvideo.octave import kernels; print(kernels._enabled)"
-    env = {**os.environ, "OCTVIDEO_KERNELS": "0"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
-    assert out.stdout.strip() == "False"
-
-
-# --- what a GPU would run -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_launches_compile_for_gpus(
-    layout: str, capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of a launch but its last step, down to machine code, which needs no device."""
-    programs = a_copy_of_the_programs("kernels_compiled")
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class NoDevice:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    found: list[tuple[str, str]] = []
-
-    class Program:
-        def __init__(self, name: str) -> None:
-            self.name, self.program = name, getattr(programs, name)
-
-        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            def compile_it(*args: object) -> None:
-                compiled = self.program.warmup(*args, grid=grid)
-                assert compiled.asm["cubin"]
-                found.append((self.name, compiled.asm["ptx"]))
-
-            return compile_it
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "_programs", lambda: SimpleNamespace(pool=Program("pool"), spread=Program("spread")))
-    monkeypatch.setattr(driver, "_active", NoDevice())
-    case = ((8, 64, 4, 56, 56), (2, 2, 2))
-    x, low = a_map(case[0], "cpu", layout, dtype), a_low_map(case, "cpu", layout, dtype)
-    kernels.average_pool(x, case[1])
-    kernels.add_upsampled(x, low, shortcut=x, relu=True)
-    low.requires_grad_()
-    torch.autograd.grad(kernels.add_upsampled_(x, low), low, x.clone())
-    assert [name for name, _ in found] == ["pool", "spread", "spread", "pool"]
-    for name, code in found:
-        # 16 bytes at a time, but for the contiguous windows, whose values lie one beside the other
-        assert "st.global.v4.b32" in code
-        assert ("ld.global.v4.b32" in code) == (name == "spread" or layout == "channels last")
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-
-
-@needs_cuda
-@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "case",
-    [((8, 256, 8, 56, 56), (1, 2, 2)), ((2, 1000, 4, 7, 7), (2, 2, 2)), ((16, 64, 113, 111), (2, 2))],
-    ids=str,
-)
-def test_real_sizes_on_cuda(case: Case, layout: str, dtype: torch.dtype) -> None:
-    x, low = a_map(case[0], "cuda", layout, dtype), a_low_map(case, "cuda", layout, dtype)
-    pooled = kernels.average_pool(x, case[1])
-    close(pooled, eager_pool(x.float(), case[1]))
-    close(
-        kernels.add_upsampled(x, low, shortcut=x, relu=True), torch.relu(eager_sum(x.float(), low.float()) + x.float())
-    )
-    assert torch.equal(kernels.add_upsampled(x, low), eager_sum(x, low))  # one rounding in either
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(kernels.average_pool(x, case[1]), x, low)
-    close(grad, torch.autograd.grad(eager_pool(x, case[1]), x, low)[0])
-
-
-@needs_cuda
-def test_more_elements_than_int32_counts_on_cuda() -> None:
-    if torch.cuda.get_device_properties(0).total_memory < 16e9:
-        pytest.skip("needs 16 GB of GPU memory")
-    y = torch.zeros(1, 2, 2**15 + 2, 2**15 + 2, dtype=torch.float16, device="cuda")  # 2^31 + 2^18 + 8 elements
-    assert y.numel() > 2**31
-    y[0, 1, -2:, -2:] = torch.tensor([[1.0, 2.0], [3.0, 6.0]], device="cuda")
-    low = kernels.average_pool(y, (2, 2))
-    assert low[0, 1, -1, -1].item() == 3.0 and low.count_nonzero().item() == 1
-    kernels.add_upsampled_(y, low)
-    assert y[0, 1, -2:, -2:].flatten().tolist() == [4.0, 5.0, 6.0, 9.0] and y.count_nonzero().item() == 4
-
-
-@needs_cuda
-def test_another_device_than_the_current_one_on_cuda() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device on this machine")
-    x = torch.randn(1, 2, 5, 5, device="cuda:1")
-    with torch.cuda.device(0):
-        assert torch.equal(kernels.average_pool(x, (2, 2)), eager_pool(x, (2, 2)))
+@pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), (None, True)])
+def test_the_environment_turns_them_off(value: str | None, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("OCTVIDEO_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("OCTVIDEO_KERNELS", value)
+    assert copy_of_module(Path(kernels.__file__), "kernels_of_another_process")._enabled is on

@@ -376,7 +376,7 @@ def test_a_profile_of_steps(videos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_it_trains_to_the_same_numbers(videos: Path, tmp_path: Path) -> None:
-    for name, more in (("eager", ()), ("compiled", ("MODEL.COMPILE", "True"))):
+    for name, more in (("eager", ()), ("compiled", ("MODEL.COMPILE", "default"))):
         run(
             arguments(videos, tmp_path / name, "TRAIN.LOG_PERIOD", "1", "MODEL.DROPOUT", "0.0", *more)
         )  # it draws otherwise
@@ -388,10 +388,16 @@ def test_compiled_it_trains_to_the_same_numbers(videos: Path, tmp_path: Path) ->
 def test_compiling_without_a_compiler(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     error = run(arguments(videos, tmp_path / "no", "MODEL.COMPILE", "True"), status=2)[1]
-    assert (
-        "MODEL.COMPILE: 1 problem(s)\n  a CPU needs a C++ compiler for it, and there is no 'no-such-compiler' here"
-        in error
-    )
+    assert "MODEL.COMPILE is default" in error and "'no-such-compiler'" in error and "CXX" in error
+    assert not (tmp_path / "no").exists()
+
+
+def test_cuda_graphs_need_a_cuda_device(videos: Path, tmp_path: Path) -> None:
+    error = run(arguments(videos, tmp_path / "no", "MODEL.COMPILE", "graphs", "DEVICE", "cpu"), status=2)[1]
+    assert "MODEL.COMPILE is graphs, but the device is cpu" in error and "MODEL.COMPILE default" in error
+    more = ["MODEL.COMPILE", "graphs", "TRAIN.CHECKPOINT_ACTIVATIONS", "True"]
+    error = run(arguments(videos, tmp_path / "no", *more), status=2)[1]
+    assert "TRAIN.CHECKPOINT_ACTIVATIONS is True" in error and "MODEL.COMPILE graphs" in error
 
 
 def test_recomputed_activations_change_no_bit_and_one_process_has_none_to_share_with(
@@ -420,7 +426,7 @@ def test_a_moving_average_is_what_is_tested(videos: Path, tmp_path: Path, monkey
 
 def test_bfloat16_is_for_gpus(videos: Path, tmp_path: Path) -> None:
     error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "bfloat16"), status=2)[1]
-    assert "TRAIN.DTYPE bfloat16 on a CPU gives gradients that are not numbers; use float32, float16 or a GPU" in error
+    assert "TRAIN.DTYPE is bfloat16" in error and "float32 or float16, or use a GPU" in error
     assert not (tmp_path / "no").exists()
     error = run(arguments(videos, tmp_path / "no", "TRAIN.DTYPE", "float8"), status=2)[1]
     assert "TRAIN.DTYPE is 'float8'; allowed: float32, float16, bfloat16" in error
