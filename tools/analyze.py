@@ -8,6 +8,9 @@ python tools/analyze.py clip --cfg CONFIG --index I [--out FILE] [--epochs N] [K
 python tools/analyze.py frequency --cfg CONFIG --checkpoint FILE [--against-cfg CONFIG --against-checkpoint FILE]
         [--list LIST] [--layers A,B] [--maps N] [--out FILE] [--json FILE] [KEY VALUE ...]
     which frequencies the maps of its stages hold, high and low group apart, beside those of its vanilla twin
+python tools/analyze.py roofline --cfg CONFIG --batch N [--card CARD] [--measured] [--flops F --bandwidth B]
+        [--alphas .125,.25,.5] [--mode training|inference] [--form operators|fused|joint] [--per-layer] [KEY VALUE ...]
+    a model, not a measurement: the least time of a step on a card, and the best possible efficiency of octave networks
 python tools/analyze.py zoo [--write FILE]
     the table of all Kinetics and ImageNet configurations beside the paper's printed numbers
 python tools/analyze.py calls --cfg CONFIG [--alphas A,B] [--compiled] [--operators] [KEY VALUE ...]
@@ -48,9 +51,10 @@ from octvideo.engine.checkpoint import CheckpointError, write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
 
 if TYPE_CHECKING or __package__:
-    from tools.analyze_calls import calls
+    from tools import analyze_calls, analyze_roofline
 else:  # run as a script, which has this folder on its path
-    from analyze_calls import calls
+    import analyze_calls
+    import analyze_roofline
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -310,16 +314,6 @@ def golden(options: argparse.Namespace) -> None:
     write_atomic(options.write, (json.dumps(counts, indent=1) + "\n").encode())
 
 
-def _alphas(text: str) -> list[float]:
-    try:
-        alphas = [float(alpha) for alpha in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of alphas such as .125,.25") from None
-    if wrong := [alpha for alpha in alphas if not 0 < alpha <= 1]:
-        raise argparse.ArgumentTypeError(f"alpha {wrong[0]:g} is not above 0 and at most 1")
-    return alphas
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -350,18 +344,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spectrum.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
     spectrum.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="MODEL. and OCTAVE. keys not of the twin")
     spectrum.set_defaults(run=frequency)
+    limit = commands.add_parser("roofline", help="a model of the least time of a step on a card")
+    analyze_roofline.add_arguments(limit)
+    limit.set_defaults(run=analyze_roofline.roofline)
     table = commands.add_parser("zoo", help="the table of configurations")
     table.add_argument("--write", type=Path, metavar="FILE")
     table.set_defaults(run=zoo)
     counted = commands.add_parser("calls", help="operator calls of a training step")
-    counted.add_argument("--cfg", required=True, metavar="CONFIG")
-    counted.add_argument("--alphas", type=_alphas, metavar="A,B", help="a network for each (default: the config's)")
-    counted.add_argument(
-        "--compiled", action="store_true", help="of torch.compile's kernels; compiling takes minutes for each network"
-    )
-    counted.add_argument("--operators", action="store_true", help="calls of each operator too")
-    counted.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-    counted.set_defaults(run=calls)
+    analyze_calls.add_arguments(counted)
+    counted.set_defaults(run=analyze_calls.calls)
     counts = commands.add_parser("golden", help="the counts of every configuration")
     counts.add_argument("--write", type=Path, metavar="FILE", required=True)
     counts.set_defaults(run=golden)
@@ -370,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except (
         RequestError,
+        analyze_roofline.CardError,
         LayerError,
         ConfigError,
         ListError,

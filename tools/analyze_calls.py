@@ -37,6 +37,24 @@ class Row(NamedTuple):
     total: int
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", required=True, metavar="CONFIG")
+    parser.add_argument("--alphas", type=_alphas, metavar="A,B", help="a network for each (default: the config's)")
+    parser.add_argument("--compiled", action="store_true", help="kernels of torch.compile in place of operators")
+    parser.add_argument("--operators", action="store_true", help="calls of each operator too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
+
+
+def _alphas(text: str) -> list[float]:
+    try:
+        alphas = [float(alpha) for alpha in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of alphas such as .125,.25") from None
+    if wrong := [alpha for alpha in alphas if not 0 < alpha <= 1]:
+        raise argparse.ArgumentTypeError(f"alpha {wrong[0]:g} is not above 0 and at most 1")
+    return alphas
+
+
 def calls(options: argparse.Namespace) -> None:
     count = _compiled if options.compiled else _eager
     alphas = options.alphas or [build.load_config(options.cfg, options.overrides).OCTAVE.ALPHA]

@@ -86,7 +86,7 @@ def follow_paths(
         trained = compiled and layer.training and torch.is_grad_enabled()
         return _forward(layer, size, high, low, weight, bias, _pooled_again if trained else average_pool)
     device = high.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
         high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)
     return _Paths.apply(layer, size, high, low, weight, bias)
 

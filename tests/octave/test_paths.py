@@ -250,3 +250,15 @@ def test_what_two_layers_read_is_pooled_once(monkeypatch: pytest.MonkeyPatch) ->
     pooled.clear()
     first(x), first(x)
     assert len(pooled) == 2  # nothing is kept
+
+
+def test_a_training_step_runs_on_the_meta_device() -> None:
+    """A device without autocast, for counting: shapes of the outputs and gradients."""
+    with torch.device("meta"):
+        layer = OctConv3d(8, 8, 3, padding=1, alpha_in=0.5, alpha_out=0.5)
+        x = Octave(torch.empty(1, 4, 2, 6, 6, requires_grad=True), torch.empty(1, 4, 2, 3, 3, requires_grad=True))
+    high, low = layer(x)
+    torch.autograd.backward([high, low], [torch.empty_like(high), torch.empty_like(low)])
+    assert (high.shape, low.shape) == (x.high.shape, x.low.shape)
+    for one in (x.high, x.low, layer.weight, layer.bias):
+        assert one.grad.shape == one.shape and one.grad.is_meta
