@@ -102,7 +102,7 @@ def _eager(name: str, cfg: CfgNode, model: nn.Module) -> Row:
 
 
 def _compiled(name: str, cfg: CfgNode, model: nn.Module) -> Row:
-    model.compile(dynamic=False)
+    model.compile(dynamic=False, fullgraph=True)
     loss = _forward(cfg, model, "cpu")
     found = compiled_calls(lambda: loss().backward())
     return Row(name, dict(found), found, found.total())

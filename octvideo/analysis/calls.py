@@ -5,6 +5,7 @@ A small batch on a fast GPU waits for these calls and not for the arithmetic, so
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -54,15 +55,22 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def compiled_calls(step: Callable[[], object]) -> Counter[str]:
-    """Run `step`, which compiles a network with Inductor for a CPU, and count the kernels that Inductor schedules in it.
+class _Compiled(Exception):
+    """Inductor is done, and the graph would run now."""
 
-    Keys: "generated", kernels that Inductor writes, after fusion; "library", calls of operators that it does not write, such
-    as convolutions. The C++ compiler is not called, so the results of the step are arbitrary. On a CPU, Inductor may put
-    several scheduled kernels into one C++ function; on a GPU, each is a launch, or several for a reduction.
+
+def compiled_calls(step: Callable[[], object]) -> Counter[str]:
+    """Run `step` until Inductor has compiled its first graph for a CPU, and count the kernels that Inductor schedules.
+
+    A network that is one graph is compiled forward and backward by then, so both passes are counted. Neither runs, and the
+    C++ compiler is not called. Keys: "generated", kernels that Inductor writes, after fusion; "library", calls of operators that
+    it does not write, such as convolutions. On a CPU, Inductor may put several scheduled kernels into one C++ function; on
+    a GPU, each one is a launch, or several for a reduction.
     """
+    from torch._functorch import config as autograd_config
     from torch._inductor import config, ir
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.output_code import CompiledFxGraph
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
     counts: Counter[str] = Counter(generated=0, library=0)
@@ -74,13 +82,13 @@ def compiled_calls(step: Callable[[], object]) -> Counter[str]:
                 counts["library" if node.is_extern() else "generated"] += 1
         return nodes
 
-    def skip_kernel(self: AsyncCompile, argtypes: list[str], source: str) -> Callable[..., None]:
-        return lambda *arguments: None
-
     # Inductor schedules nothing for a graph that it finds in a cache.
     with (
         config.patch(_post_fusion_custom_pass=count, force_disable_caches=True),
-        mock.patch.object(AsyncCompile, "cpp_pybinding", skip_kernel),
+        autograd_config.patch(force_non_lazy_backward_lowering=True),
+        mock.patch.object(AsyncCompile, "cpp_pybinding"),
+        mock.patch.object(CompiledFxGraph, "__call__", side_effect=_Compiled),
+        contextlib.suppress(_Compiled),
     ):
         step()
     if not counts.total():

@@ -53,6 +53,7 @@ def test_calls_before_and_after_are_not_counted() -> None:
     assert operator_calls(lambda: x + 1).launches.total() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:dynamo_pgo")
 def test_compiled_kernels_by_hand() -> None:
     torch._dynamo.reset()
