@@ -261,12 +261,11 @@ def check(
             "False with MODEL.FACTORY unless OCTAVE.ALPHA makes its norms ours",
         )
     one_of("MODEL.COMPILE", COMPILE_MODES)
-    graphs = cfg.MODEL.COMPILE == "graphs"
-    require(
-        not (graphs and cfg.TRAIN.CHECKPOINT_ACTIVATIONS),
-        "TRAIN.CHECKPOINT_ACTIVATIONS",
-        "False with MODEL.COMPILE graphs, which replays each block at one place in memory",
-    )
+    if cfg.MODEL.COMPILE == "graphs":
+        why = "with MODEL.COMPILE graphs, which replays each block at one place in memory"
+        require(not cfg.TRAIN.CHECKPOINT_ACTIVATIONS, "TRAIN.CHECKPOINT_ACTIVATIONS", f"False {why}")
+        require(cfg.TRAIN.ACCUMULATE == 1, "TRAIN.ACCUMULATE", f"1 {why}, gradients too")
+        require(not cfg.TRAIN.SYNC_NORM, "TRAIN.SYNC_NORM", "False with MODEL.COMPILE graphs, which hold no exchange")
     one_of("MODEL.NONLOCAL_FORM", ["softmax", "dot_product"])
     one_of("SOLVER.SCHEDULE", ["cosine", "steps", "iterations"])
     one_of("TRAIN.DTYPE", ["float32", "float16", "bfloat16"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octvideo.octave.conv import OctConv2d
 from octvideo.octave.feature import Feature, Octave, lift, require_feature, rounded_alpha, split_channels
-from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d
+from octvideo.octave.layers import OctBatchNorm2d, OctBatchNorm3d, max_pool
 
 FORMS = ("softmax", "dot_product")
 
@@ -65,7 +65,7 @@ class NonLocal(nn.Module):
             queries, keys = x.high, x.low
             high, low = slice(0, self.high), slice(self.high, None)
         else:
-            queries, keys = x, F.max_pool3d(x, (1, 2, 2))
+            queries, keys = x, max_pool(x, (1, 2, 2), (1, 2, 2), (0, 0, 0))
             high = low = slice(None)
         theta = self._embed(self.theta, queries, high)
         phi, g = (self._embed(layer, keys, low) for layer in (self.phi, self.g))

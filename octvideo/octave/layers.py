@@ -214,6 +214,28 @@ class SqueezeExcite(nn.Module):
         return Octave(x.high * high, x.low * low)
 
 
+def max_pool(
+    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], *, ceil_mode: bool = False
+) -> Tensor:
+    """Max-pool [N, C, (T,) H, W] as torch does; without a window over time, each frame as an image.
+
+    That keeps channels last on GPUs, and its gradient is deterministic there in every version of torch.
+    """
+    if len(kernel) == 2:
+        return F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+    if (kernel[0], stride[0], padding[0]) != (1, 1, 0):
+        return F.max_pool3d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+    n, c, t = x.shape[:3]
+    if x.stride(1) == 1:
+        # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and so is the way back
+        frames = x.transpose(1, 2).flatten(0, 1)
+        pooled = max_pool(frames, kernel[1:], stride[1:], padding[1:], ceil_mode=ceil_mode)
+        return pooled.unflatten(0, (n, t)).transpose(1, 2)
+    # [N, C, T, H, W] -> [N, C*T, H, W]
+    pooled = max_pool(x.flatten(1, 2), kernel[1:], stride[1:], padding[1:], ceil_mode=ceil_mode)
+    return pooled.unflatten(1, (c, t))
+
+
 class _OctMaxPool(nn.Module):
     """Max pooling of each frequency. The low map is cropped to the size that belongs to the pooled high map."""
 
@@ -253,11 +275,11 @@ class _OctMaxPool(nn.Module):
         return Octave(high, low)
 
     def _max_pool(self, x: Tensor, ceil_mode: bool) -> Tensor:
-        max_pool = F.max_pool3d if len(self.kernel_size) == 3 else F.max_pool2d
+        geometry = self.kernel_size, self.stride, self.padding
         if x.shape[1] == 0:
-            geometry = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
-            return x.new_empty(*x.shape[:2], *((size + 2 * p - k) // s + 1 for size, k, s, p in geometry))
-        return max_pool(x, self.kernel_size, self.stride, self.padding, ceil_mode=ceil_mode)
+            sizes = zip(x.shape[2:], *geometry, strict=True)
+            return x.new_empty(*x.shape[:2], *((size + 2 * p - k) // s + 1 for size, k, s, p in sizes))
+        return max_pool(x, *geometry, ceil_mode=ceil_mode)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, pool={self.pool}"

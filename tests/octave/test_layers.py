@@ -20,6 +20,7 @@ from octvideo.octave import (
     lift,
 )
 from octvideo.octave.feature import low_size
+from octvideo.octave.layers import max_pool
 
 from . import reference
 
@@ -431,3 +432,23 @@ def test_a_cumulative_average_compiles_without_reading_the_count(alpha: float) -
             feature = Octave(x[:, :6], x[:, 6:, :, ::2, ::2]) if alpha else x
             torch.testing.assert_close(compiled(feature), eager(feature))
     torch.testing.assert_close(norm.state_dict(), eager.state_dict())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize(
+    "kernel,stride,padding",
+    [((1, 3, 3), (1, 2, 2), (0, 1, 1)), ((1, 2, 2), (1, 2, 2), (0, 0, 0)), ((2, 1, 1), (2, 1, 1), (0, 0, 0))],
+)
+def test_max_pool_is_torch_s_with_its_gradient_and_memory_format(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 4, 7, 9, generator=draw).contiguous(memory_format=memory_format)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    pooled = max_pool(ours, kernel, stride, padding, ceil_mode=True)
+    expected = F.max_pool3d(theirs, kernel, stride, padding, ceil_mode=True)
+    assert torch.equal(pooled, expected) and pooled.stride() == expected.stride()
+    grad = torch.randn(expected.shape, generator=draw)
+    pooled.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(ours.grad, theirs.grad)

@@ -395,9 +395,11 @@ def test_compiling_without_a_compiler(videos: Path, tmp_path: Path, monkeypatch:
 def test_cuda_graphs_need_a_cuda_device(videos: Path, tmp_path: Path) -> None:
     error = run(arguments(videos, tmp_path / "no", "MODEL.COMPILE", "graphs", "DEVICE", "cpu"), status=2)[1]
     assert "MODEL.COMPILE is graphs, but the device is cpu" in error and "MODEL.COMPILE default" in error
-    more = ["MODEL.COMPILE", "graphs", "TRAIN.CHECKPOINT_ACTIVATIONS", "True"]
-    error = run(arguments(videos, tmp_path / "no", *more), status=2)[1]
-    assert "TRAIN.CHECKPOINT_ACTIVATIONS is True" in error and "MODEL.COMPILE graphs" in error
+    more = ["TRAIN.CHECKPOINT_ACTIVATIONS", "True", "TRAIN.ACCUMULATE", "2", "TRAIN.SYNC_NORM", "True"]
+    error = run(arguments(videos, tmp_path / "no", "MODEL.COMPILE", "graphs", *more), status=2)[1]
+    for key, value in zip(more[::2], more[1::2], strict=True):
+        assert f"{key} is {value}" in error
+    assert error.count("MODEL.COMPILE graphs") == 3
 
 
 def test_recomputed_activations_change_no_bit_and_one_process_has_none_to_share_with(
