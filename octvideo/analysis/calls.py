@@ -63,9 +63,9 @@ def compiled_calls(step: Callable[[], object]) -> Counter[str]:
     """Run `step` until Inductor has compiled its first graph for a CPU, and count the kernels that Inductor schedules.
 
     A network that is one graph is compiled forward and backward by then, so both passes are counted. Neither runs, and the
-    C++ compiler is not called. Keys: "generated", kernels that Inductor writes, after fusion; "library", calls of operators that
-    it does not write, such as convolutions. On a CPU, Inductor may put several scheduled kernels into one C++ function; on
-    a GPU, each one is a launch, or several for a reduction.
+    C++ compiler is not called. Keys: "generated", kernels that Inductor writes, after fusion; "library", calls of operators
+    that it does not write, such as convolutions. On a CPU, Inductor may put several scheduled kernels into one C++ function;
+    on a GPU, each one is a launch, or several for a reduction.
     """
     from torch._functorch import config as autograd_config
     from torch._inductor import config, ir
