@@ -1,12 +1,13 @@
 # make demo   a virtual environment, the motion data, three small networks trained and tested, one table
 # make test   the tests;  make test-slow   those of minutes;  make lint   ruff and mypy
 # make test-slurm   those that need a SLURM: starts one here, and stops it (root; tests/slurm/cluster.sh check)
+# make gpu    the GPU suite (docs/gpu.md): by PYTHON if it has torch, so without an installation, else by the environment
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := c2d_tiny i3d_tiny oct_i3d_tiny
 
-.PHONY: demo test test-slow test-slurm lint format install clean
+.PHONY: demo gpu test test-slow test-slurm lint format install clean
 
 install: $(VENV)/installed
 
@@ -34,6 +35,11 @@ test-slow: install
 
 test-slurm: install
 	OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -n 0 tests/slurm
+
+gpu:
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) install && python=$(BIN)/python; fi && \
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $$python tools/benchmark.py gpu
 
 lint: install
 	$(BIN)/ruff check .

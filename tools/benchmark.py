@@ -11,6 +11,8 @@ python tools/benchmark.py model --cfg CONFIG [--against CONFIG|pytorchvideo] [--
         [--mode inference|training|both] [--backend BACKEND] [--fuse] [--dtype DTYPE] [--json FILE] [KEY VALUE ...]
     inference and training steps of a network, or of several alphas, against the vanilla twin, another config or
     pytorchvideo's network: latency, clips/s, peak memory, multiply-adds, efficiency
+python tools/benchmark.py gpu   [--out docs/gpu] [--budget 480] [--parts A,B] [--toy]
+    on a machine with a CUDA device: the tests that need it, networks, and a training run; one report named after the card
 """
 
 from __future__ import annotations
@@ -19,22 +21,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from octvideo import deploy
-from octvideo.analysis.speed import BenchmarkError
+from octvideo.benchmark.data import benchmark_data, write_sources
+from octvideo.benchmark.gpu import PARTS, benchmark_gpu
+from octvideo.benchmark.model import DTYPES, benchmark_model
+from octvideo.benchmark.speed import BenchmarkError
 from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import DistributedError
-
-if TYPE_CHECKING or __package__:
-    from tools.benchmark_data import benchmark_data, write_sources
-    from tools.benchmark_model import DTYPES, benchmark_model
-else:  # run as a script, which has this folder on its path
-    from benchmark_data import benchmark_data, write_sources
-    from benchmark_model import DTYPES, benchmark_model
 
 
 def _decoders(text: str) -> list[str]:
@@ -59,6 +56,13 @@ def _alphas(text: str) -> list[float]:
     if wrong := [alpha for alpha in alphas if not 0 <= alpha <= 1]:
         raise argparse.ArgumentTypeError(f"alpha {wrong[0]:g} is not from 0 to 1")
     return alphas
+
+
+def _parts(text: str) -> list[str]:
+    names, known = text.split(","), [part.name for part in PARTS]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"unknown part {unknown[0]!r}; choose from {', '.join(known)}")
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model.add_argument("--backend", choices=deploy.BACKENDS, default="eager", help="default eager")
     model.add_argument("--dtype", choices=DTYPES, help="of convolutions and products (default TRAIN.DTYPE)")
     model.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
+    gpu = commands.add_parser("gpu", help="the GPU suite: tests, networks and a training run on one card")
+    gpu.add_argument("--out", type=Path, default=Path("docs/gpu"), metavar="FOLDER", help="default docs/gpu")
+    gpu.add_argument("--budget", type=float, default=480.0, metavar="SECONDS", help="in all (default 480)")
+    gpu.add_argument("--parts", type=_parts, default=[part.name for part in PARTS], metavar="A,B", help="default all")
+    gpu.add_argument("--toy", action="store_true", help="the same program at toy sizes on the CPU")
+    gpu.set_defaults(run=benchmark_gpu)
     for command, run in ((data, benchmark_data), (model, benchmark_model)):
         command.add_argument("--cfg", required=True, metavar="CONFIG")
         command.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")

@@ -217,23 +217,25 @@ class SqueezeExcite(nn.Module):
 def max_pool(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], *, ceil_mode: bool = False
 ) -> Tensor:
-    """Max-pool [N, C, (T,) H, W] as torch does; without a window over time, each frame as an image.
+    """Max-pool [N, C, (T,) H, W] as torch does; windows over space or over time alone by the pooling of images.
 
     That keeps channels last on GPUs, and its gradient is deterministic there in every version of torch.
     """
     if len(kernel) == 2:
         return F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+    if (kernel[1:], stride[1:], padding[1:]) == ((1, 1), (1, 1), (0, 0)):
+        # [N, C, T, H, W] -> [N, C, T, H*W], a view in both memory formats
+        time = ((values[0], own) for values, own in zip((kernel, stride, padding), (1, 1, 0), strict=True))
+        return max_pool(x.flatten(3), *time, ceil_mode=ceil_mode).unflatten(3, x.shape[3:])
     if (kernel[0], stride[0], padding[0]) != (1, 1, 0):
         return F.max_pool3d(x, kernel, stride, padding, ceil_mode=ceil_mode)
-    n, c, t = x.shape[:3]
+    space = (kernel[1:], stride[1:], padding[1:])
     if x.stride(1) == 1:
         # [N, C, T, H, W] -> [N*T, C, H, W] is a view of this layout, and so is the way back
-        frames = x.transpose(1, 2).flatten(0, 1)
-        pooled = max_pool(frames, kernel[1:], stride[1:], padding[1:], ceil_mode=ceil_mode)
-        return pooled.unflatten(0, (n, t)).transpose(1, 2)
+        pooled = max_pool(x.transpose(1, 2).flatten(0, 1), *space, ceil_mode=ceil_mode)
+        return pooled.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
     # [N, C, T, H, W] -> [N, C*T, H, W]
-    pooled = max_pool(x.flatten(1, 2), kernel[1:], stride[1:], padding[1:], ceil_mode=ceil_mode)
-    return pooled.unflatten(1, (c, t))
+    return max_pool(x.flatten(1, 2), *space, ceil_mode=ceil_mode).unflatten(1, x.shape[1:3])
 
 
 class _OctMaxPool(nn.Module):

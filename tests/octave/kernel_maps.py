@@ -29,8 +29,6 @@ CASES = [
 ]
 Case = tuple[tuple[int, ...], tuple[int, ...]]
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-
 
 def copy_of_programs(name: str) -> ModuleType:
     """Import kernels_triton.py a second time, so that nothing else in this process meets what a test does to it."""

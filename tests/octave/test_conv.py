@@ -32,6 +32,7 @@ from octvideo.octave import (
     upsample,
 )
 from octvideo.octave.feature import low_size
+from tests.devices import DEVICES
 
 from . import reference
 from .ddp_worker import batch, network
@@ -40,7 +41,6 @@ OctConv = OctConv2d | OctConv3d
 
 ALPHAS = (0, 0.125, 0.25, 0.5, 0.75, 1)
 POOLS_3D = ((1, 2, 2), (2, 2, 2), (2, 1, 1))
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)")
 
 
@@ -737,7 +737,6 @@ def test_compiles_with_inductor() -> None:
 
 # --- half precision -------------------------------------------------------------------------------------------------
 
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 HALF_LAYERS = [
     {"alpha_in": 0.5, "alpha_out": 0.5},
     {"alpha_in": 0.5, "alpha_out": 0.5, "stride": (1, 2, 2)},
@@ -802,7 +801,7 @@ def test_a_block_trains_in_bf16(pool: tuple[int, ...], device: str) -> None:
     assert_near(y, expected, 0.04)
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("pool", POOLS_3D)
 def test_cuda_equals_the_reference(pool: tuple[int, ...], channels_last: bool) -> None:

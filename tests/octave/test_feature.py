@@ -14,8 +14,6 @@ from octvideo.octave.feature import low_size, require_feature, rounded_alpha
 
 from . import reference
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-
 
 def octave(high: tuple[int, ...], low: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Octave:
     return Octave(torch.randn(high, dtype=dtype), torch.randn(low, dtype=dtype))
@@ -292,7 +290,7 @@ def test_require_feature_names_the_numbers(x: Tensor | Octave, high: int, low: i
         require_feature(x, high, low, (2, 2), "Layer")
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_pooling_and_upsampling_on_cuda() -> None:
     x = torch.randn(2, 4, 5, 7, 6, dtype=torch.float64)
     for kernel in [(1, 2, 2), (2, 2, 2), (2, 1, 1)]:

@@ -23,7 +23,6 @@ from .kernel_maps import (
     double,
     eager_pool,
     eager_sum,
-    needs_cuda,
 )
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -224,7 +223,6 @@ def test_launches_compile_for_gpus(
 
 
 @pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -246,7 +244,6 @@ def test_real_sizes_on_cuda(case: Case, layout: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_more_elements_than_int32_counts_on_cuda() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 16e9:
         pytest.skip("needs 16 GB of GPU memory")
@@ -260,7 +257,6 @@ def test_more_elements_than_int32_counts_on_cuda() -> None:
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_another_device_than_the_current_one_on_cuda() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device on this machine")

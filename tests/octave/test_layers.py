@@ -437,7 +437,12 @@ def test_a_cumulative_average_compiles_without_reading_the_count(alpha: float) -
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 @pytest.mark.parametrize(
     "kernel,stride,padding",
-    [((1, 3, 3), (1, 2, 2), (0, 1, 1)), ((1, 2, 2), (1, 2, 2), (0, 0, 0)), ((2, 1, 1), (2, 1, 1), (0, 0, 0))],
+    [
+        ((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+        ((1, 2, 2), (1, 2, 2), (0, 0, 0)),
+        ((2, 1, 1), (2, 1, 1), (0, 0, 0)),
+        ((2, 3, 3), (2, 2, 2), (0, 1, 1)),
+    ],
 )
 def test_max_pool_is_torch_s_with_its_gradient_and_memory_format(
     kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], memory_format: torch.memory_format

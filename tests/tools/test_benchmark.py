@@ -1,20 +1,9 @@
-import contextlib
-import io
-from pathlib import Path
-
 import pytest
 
+from tests.benchmark.command import CFG, ROOT, main
 from tools import benchmark
 
-CFG = str(Path(__file__).parents[2] / "configs/motion/oct_i3d_tiny.yaml")
-RESNET = str(Path(__file__).parents[2] / "configs/imagenet/oct_resnet50_v1b_a0.5.yaml")
-
-
-def main(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = benchmark.main(arguments)
-    return status, out.getvalue(), err.getvalue()
+RESNET = str(ROOT / "configs/imagenet/oct_resnet50_v1b_a0.5.yaml")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,12 @@ from torch import Tensor, nn
 from octvideo import build, deploy
 from octvideo.analysis.naive import naive
 from octvideo.analysis.paper import TABLE_2
-from octvideo.analysis.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
+from octvideo.benchmark import peers
+from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
 from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import World, device_of
 from octvideo.engine.train import train_step
 from octvideo.octave import fuse
-
-if TYPE_CHECKING or __package__:
-    from tools import benchmark_peers
-else:  # run as a script, which has this folder on its path
-    import benchmark_peers
 
 MODES = ("inference", "training")
 TRAINING_BACKENDS = ("eager", "compile")
@@ -47,7 +43,7 @@ class Subject:
 
     def build(self) -> nn.Module:
         if self.kind == PYTORCHVIDEO:
-            return benchmark_peers.network(self.cfg)
+            return peers.network(self.cfg)
         model = build.network(self.cfg)
         return naive(model) if self.kind == "naive" else model
 

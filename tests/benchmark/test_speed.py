@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from octvideo.analysis import speed
-from octvideo.analysis.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
+from octvideo.benchmark import speed
+from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not speed.CLEAR_REFS.exists(), reason="peaks are read from Linux's /proc")
@@ -67,7 +67,7 @@ def test_no_peak_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert peak_memory(partial(partial, torch.ones, 1), CPU) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.cuda
 def test_the_peak_on_a_gpu_is_what_is_allocated() -> None:
     growth = peak_memory(lambda: partial(torch.ones, 2**24, device="cuda"), torch.device("cuda"))
     assert growth == 2**26

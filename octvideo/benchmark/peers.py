@@ -16,11 +16,12 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from octvideo import build
-from octvideo.analysis.speed import BenchmarkError
+from octvideo.benchmark.speed import BenchmarkError
 from octvideo.models import ResNetSpec, SlowFastSpec, feature_sizes
 from octvideo.weights.names import from_octvideo
 
 PathReader = Callable[[str, int, CfgNode], object]
+PYTORCHVIDEO_NEEDS = ("pytorchvideo", "torchvision")
 TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 
 
@@ -31,7 +32,8 @@ def _declare_torchvision() -> None:
             TORCHVISION.define(schema)
 
 
-def _is_installed(*packages: str) -> bool:
+def is_installed(*packages: str) -> bool:
+    """Return whether all of these packages can be imported."""
     return all(importlib.util.find_spec(package) for package in packages)
 
 
@@ -59,9 +61,9 @@ def _scale_and_crop(clip: Tensor, cfg: CfgNode, turn: int) -> Tensor:
 def readers() -> dict[str, PathReader]:
     """Other people's readers, called as their users call them; those that are installed."""
     found: dict[str, PathReader] = {}
-    if _is_installed("decord"):
+    if is_installed("decord"):
         found["decord, get_batch"] = _decord_get_batch
-    if _is_installed("pytorchvideo", "torchvision"):
+    if is_installed(*PYTORCHVIDEO_NEEDS):
         found["pytorchvideo, EncodedVideo"] = _encoded_video
     return found
 
@@ -99,7 +101,7 @@ def network(cfg: CfgNode) -> nn.Module:
     name = build.network_name(cfg)
     if name not in NETWORKS + SLOWFAST:
         raise BenchmarkError(f"pytorchvideo has no {name} to measure against; it has {', '.join(NETWORKS + SLOWFAST)}")
-    if not _is_installed("pytorchvideo", "torchvision"):
+    if not is_installed(*PYTORCHVIDEO_NEEDS):
         raise BenchmarkError(
             "--against pytorchvideo needs pytorchvideo and torchvision: pip install --no-deps -r tests/peers.txt"
         )

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from octvideo import build
-from octvideo.analysis.speed import BenchmarkError
-from tools import benchmark_peers
+from octvideo.benchmark import peers
+from octvideo.benchmark.speed import BenchmarkError
 
 from .filled import fill_norms
 
@@ -34,7 +34,7 @@ def test_logits_agree(config: str, frames: int, monkeypatch: pytest.MonkeyPatch)
     size = ["DATA.NUM_FRAMES", str(frames), "DATA.TRAIN_CROP", "64", "MODEL.NUM_CLASSES", "5"]
     cfg = build.load_config(path, size)
     fill_norms(monkeypatch)
-    ours, theirs = build.network(cfg), benchmark_peers.network(cfg)
+    ours, theirs = build.network(cfg), peers.network(cfg)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     strides = [step for m in theirs.modules() if isinstance(m, nn.Conv3d) for step in m.stride]
     assert {type(step) for step in strides} == {int}  # NumPy's break torch.compile's graphs
@@ -56,7 +56,7 @@ def test_logits_agree(config: str, frames: int, monkeypatch: pytest.MonkeyPatch)
 def test_refusals(overrides: list[str], message: str) -> None:
     cfg = build.load_config(KINETICS / "i3d_r50_8x8_padded.yaml", overrides)
     with pytest.raises(BenchmarkError, match=message):
-        benchmark_peers.network(cfg)
+        peers.network(cfg)
 
 
 def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,5 +65,5 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.
     with pytest.raises(
         BenchmarkError, match="needs pytorchvideo and torchvision: pip install --no-deps -r tests/peers"
     ):
-        benchmark_peers.network(cfg)
-    assert benchmark_peers.readers() == {}
+        peers.network(cfg)
+    assert peers.readers() == {}

@@ -9,12 +9,12 @@ from torch import nn
 
 from octvideo import build
 from octvideo.analysis.naive import NaiveOctConv
+from octvideo.benchmark import model as benchmark_model
+from octvideo.benchmark.model import InferenceStep, Subject, TrainingStep, Way
 from octvideo.octave.fuse import FusedNetwork
-from tools import benchmark_model
-from tools.benchmark_model import InferenceStep, Subject, TrainingStep, Way
 
+from .command import CFG, main
 from .filled import fill_norms
-from .test_benchmark import CFG, main
 
 IMAGES = str(Path(CFG).parents[1] / "stills/oct_resnet_tiny.yaml")
 CPU = ("DEVICE", "cpu")

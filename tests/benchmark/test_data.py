@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from datasets import motion
-from tools import benchmark_data, benchmark_peers
+from octvideo.benchmark import data as benchmark_data
+from octvideo.benchmark import peers
 
-from .test_benchmark import CFG, main
+from .command import CFG, main
 
 
 def test_decoders_and_peers_beside_decoding_alone(tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_decoders_and_peers_beside_decoding_alone(tmp_path: Path) -> None:
     for line in out.splitlines():
         first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
         cells[first] = rest
-    assert {"octvideo, pyav", "decoding alone, pyav", "decord, get_batch", *benchmark_peers.readers()} <= set(cells)
+    assert {"octvideo, pyav", "decoding alone, pyav", "decord, get_batch", *peers.readers()} <= set(cells)
     alone = float(cells["decoding alone, pyav"][0])
     assert float(cells["octvideo, pyav"][2]) == pytest.approx(float(cells["octvideo, pyav"][0]) / alone, abs=0.01)
     assert cells["decord, get_batch"][3] == "1.00" and float(cells["1"][0]) > 0

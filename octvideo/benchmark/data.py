@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import av
 import numpy as np
@@ -22,17 +22,13 @@ from tabulate import tabulate
 from torch import Tensor
 
 from octvideo import build
-from octvideo.analysis.speed import BenchmarkError, Timed, in_turn
+from octvideo.benchmark import peers
+from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn
 from octvideo.data import transforms
 from octvideo.data.dataset import VideoList
 from octvideo.data.decode_pyav import PyAVVideo
 from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import World
-
-if TYPE_CHECKING or __package__:
-    from tools import benchmark_peers
-else:  # run as a script, which has this folder on its path
-    import benchmark_peers
 
 Reader = Callable[[int, int], object]  # a video's number in the list and the turn -> a clip
 
@@ -63,7 +59,7 @@ def _per_core(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> N
     for decoder in options.decoders:
         own = build.load_config(options.cfg, [*options.overrides, "DATA.DECODER", decoder])
         readers[f"octvideo, {decoder}"] = partial(_sample, build.train_samples(own, videos))
-    others = {"decoding alone, pyav": _decode, **benchmark_peers.readers()}
+    others = {"decoding alone, pyav": _decode, **peers.readers()}
     readers |= {name: partial(_read, read, videos, cfg) for name, read in others.items()}
     entries = [Timed(name, _clips(reader, len(videos)), time.process_time) for name, reader in readers.items()]
     in_turn(entries, options.rounds)
@@ -151,14 +147,14 @@ def _sample(samples: Any, index: int, turn: int) -> None:
         raise BenchmarkError(error)
 
 
-def _read(read: benchmark_peers.PathReader, videos: VideoList, cfg: CfgNode, index: int, turn: int) -> None:
+def _read(read: peers.PathReader, videos: VideoList, cfg: CfgNode, index: int, turn: int) -> None:
     read(videos.path(index), turn, cfg)
 
 
 def _decode(path: str, turn: int, cfg: CfgNode) -> None:
     """Open, find the frames, decode them and what they lean on; convert and keep nothing."""
     with PyAVVideo(path) as video:
-        for _ in video.read(sorted(set(benchmark_peers.indices(video.num_frames, cfg, turn, path)))):
+        for _ in video.read(sorted(set(peers.indices(video.num_frames, cfg, turn, path)))):
             pass
 
 
