@@ -13,6 +13,8 @@ python tools/analyze.py roofline --cfg CONFIG --batch N [--card CARD] [--measure
     a model, not a measurement: the least time of a step on a card, and the best possible efficiency of octave networks
 python tools/analyze.py zoo [--write FILE]
     the table of all Kinetics and ImageNet configurations beside the paper's printed numbers
+python tools/analyze.py calls --cfg CONFIG [--alphas A,B] [--compiled] [--operators] [KEY VALUE ...]
+    operator calls of a training step: vanilla, octave and naive form, eager or compiled
 python tools/analyze.py golden --write FILE
     the counts of every configuration, for tests/golden/complexity.json
 """
@@ -49,8 +51,9 @@ from octvideo.engine.checkpoint import CheckpointError, write_atomic
 from octvideo.engine.distributed import DistributedError, World, device_of
 
 if TYPE_CHECKING or __package__:
-    from tools import analyze_roofline
+    from tools import analyze_calls, analyze_roofline
 else:  # run as a script, which has this folder on its path
+    import analyze_calls
     import analyze_roofline
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -347,6 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = commands.add_parser("zoo", help="the table of configurations")
     table.add_argument("--write", type=Path, metavar="FILE")
     table.set_defaults(run=zoo)
+    counted = commands.add_parser("calls", help="operator calls of a training step")
+    analyze_calls.add_arguments(counted)
+    counted.set_defaults(run=analyze_calls.calls)
     counts = commands.add_parser("golden", help="the counts of every configuration")
     counts.add_argument("--write", type=Path, metavar="FILE", required=True)
     counts.set_defaults(run=golden)

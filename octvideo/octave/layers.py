@@ -97,7 +97,16 @@ class _OctBatchNorm(_BatchNorm):
         momentum = self._step_momentum()
         if self._shares():
             return self._normalize_together(maps, parts, momentum)
-        return tuple(self._normalize(x, part, momentum) for x, part in zip(maps, parts, strict=True))
+        vectors = (self._per_map(self.weight, parts), self._per_map(self.bias, parts))
+        return tuple(self._normalize(*arguments, momentum) for arguments in zip(maps, parts, *vectors, strict=True))
+
+    def _per_map(self, vector: Tensor | None, parts: tuple[slice | Tensor, ...]) -> Sequence[Tensor | None]:
+        """Return the values of `vector` for each map, as one split: the gradient of each slice would fill one with zeros."""
+        if vector is None:
+            return (None,) * len(parts)
+        if len(parts) == 2 and self.order is None:
+            return vector.split((self.high, self.low))
+        return [vector[part] for part in parts]
 
     def _step_momentum(self) -> float | Tensor:
         """The momentum of this call; momentum None means a cumulative average, as in the parent.
@@ -112,7 +121,9 @@ class _OctBatchNorm(_BatchNorm):
             return self.momentum
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
-    def _normalize(self, x: Tensor, part: slice | Tensor, momentum: float | Tensor) -> Tensor:
+    def _normalize(
+        self, x: Tensor, part: slice | Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float | Tensor
+    ) -> Tensor:
         # As the parent: running statistics are updated if tracked, and used in evaluation wherever there are any.
         mean, var = self.running_mean, self.running_var
         known = mean is not None and var is not None
@@ -125,8 +136,8 @@ class _OctBatchNorm(_BatchNorm):
             x,
             seen_mean,
             seen_var,
-            self.weight[part] if self.affine else None,
-            self.bias[part] if self.affine else None,
+            weight,
+            bias,
             self.training or not known,
             factor,  # type: ignore[arg-type]
             self.eps,

@@ -8,7 +8,8 @@ choose the form, and at the end of this file the gradients do; nothing else in t
     eager, CPU, contiguous, autograd off   sums of slices, or as next  slices of y, in place
     eager, other maps, autograd off        avg_pool2d, space and time  one broadcast sum, or interpolate, in place
     autograd on, or torch.jit.trace        avg_pool2d, space and time  interpolate and add
-    compiled or exported                   avg_pool2d, space and time  interpolate and add
+    compiled                               mean over windows           one broadcast sum
+    exported, or windows cut at a border   avg_pool2d, space and time  interpolate and add
     inference form (fuse.py), eager        sums of slices              one broadcast sum
     inference form, compiled               sums of slices              one broadcast sum
     inference form, exported               avg_pool3d                  interpolate and add
@@ -91,6 +92,8 @@ def _pooling_form(x: Tensor, kernel: Sequence[int], fused: bool) -> PoolingForm:
         return _pool_by_avg_pool3d
     if max(kernel) <= 2 and kernels.usable(x):
         return kernels.average_pool
+    if not fused and torch.compiler.is_compiling() and not exporting and _divides(kernel, x):
+        return _pool_by_windows
     if fused and not exporting:
         return _pool_by_sum_of_slices if torch.compiler.is_compiling() or _divides(kernel, x) else _pool_by_avg_pool2d
     if x.device.type == "cpu" and not _is_recorded() and max(kernel) <= 2:
@@ -103,6 +106,16 @@ def _pooling_form(x: Tensor, kernel: Sequence[int], fused: bool) -> PoolingForm:
 
 def _divides(kernel: Sequence[int], x: Tensor) -> bool:
     return all(size % k == 0 for size, k in zip(x.shape[2:], kernel, strict=True))
+
+
+def _pool_by_windows(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Return the mean over windows of full size, [..., H / 2, 2, ...]. A compiler fuses it and its gradient with others."""
+    axes: list[int] = []
+    for axis in range(x.dim() - 1, 1, -1):
+        if kernel[axis - 2] > 1:
+            x = x.unflatten(axis, (-1, kernel[axis - 2]))
+            axes = [axis + 1, *(a + 1 for a in axes)]
+    return x.mean(axes)
 
 
 def _pool_by_avg_pool3d(x: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -206,7 +219,9 @@ def _sum_form(y: Tensor, low: Tensor, fused: bool) -> SumForm:
     if fused:
         return _add_by_broadcast if _is_doubled(y, low) and not torch.compiler.is_exporting() else _add_by_interpolate
     if _is_recorded():
-        return _add_by_interpolate
+        # The gradient of interpolation is a scatter by index in compiled code; that of a broadcast is a sum.
+        fusing = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return _add_by_broadcast if fusing and _is_doubled(y, low) else _add_by_interpolate
     if (y.device.type != "cpu" or y.stride(1) == 1) and _is_doubled(y, low):
         return _add_by_broadcast_
     return _add_by_slices_ if y.device.type == "cpu" else _add_by_interpolate_

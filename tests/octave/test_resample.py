@@ -194,8 +194,9 @@ def test_forms_under_the_compiler(fused: bool, height: int, cpu: str, launches: 
     y = torch.compile(Resample(fused), fullgraph=True, backend=backend)(x)
     torch.testing.assert_close(y, eager_sum(x, eager_pool(x, (1, 2, 2))), rtol=0, atol=1e-6)
     names = {getattr(node.target, "__name__", node.target) for graph in graphs for node in graph.graph.nodes}
-    assert ("avg_pool2d" in names) != fused
-    assert ("interpolate" in names) == (not fused or height == 5)
+    # Windows that the border cuts are pooled and upsampled by torch's operators.
+    assert ("avg_pool2d" in names) == (height == 5 and not fused)
+    assert ("interpolate" in names) == (height == 5)
     assert launches == {}
 
 
