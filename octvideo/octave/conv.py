@@ -47,7 +47,6 @@ class _OctConv(_ConvNd):
     pool_stride: bool
     in_order: Tensor | None
     _paths: list[Path]
-    _product_paths: list[Path]
 
     def _split(
         self, alpha_in: float, alpha_out: float, in_parts: Parts | None, pool: Sequence[int], pool_stride: bool
@@ -75,13 +74,8 @@ class _OctConv(_ConvNd):
         # Are maps padded by `_pads` zeros on either side, as `_convolution_gradients` takes it?
         even = self.padding != "same" or [2 * pad for pad in self._pads] == self._reach
         self._even_zeros = even and self.padding_mode == "zeros"
-        self._paths, self._product_paths = paths_of(self), []
+        self._paths = paths_of(self)
         self._check()
-
-    def use_products(self) -> None:
-        """Compute this layer as matrix products in training in eager mode, if its kernel has one position (products.py)."""
-        if set(self.kernel_size) | set(self._step) == {1} and not any(self._pads) and self.groups == 1:
-            self._product_paths = paths_of(self, joint=False)
 
     def _resolve_padding(self) -> tuple[int, ...]:
         if isinstance(self.padding, str):

@@ -1,4 +1,4 @@
-"""Convolutions of one spatial position on one thread: by oneDNN, as on several threads and over large batches, or by MKL.
+"""Convolutions of one spatial position on one thread: by oneDNN, as on several threads and over large batches.
 
 On one thread torch gives a float32 convolution of size 1 in height and width to another kernel of its own, unless the batch
 is large, the stride is above 1 or the convolution is dilated; over clips that kernel first writes out every value for each
@@ -12,24 +12,20 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from octvideo.octave import products
 from octvideo.octave.conv import OctConv2d, OctConv3d
 
 FEWEST = 2048  # weights of a 1x1 kernel below which oneDNN's call costs more than its faster arithmetic saves
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Prepare, in place, the convolutions of one spatial position for one thread: dilate them, octave or not.
+    """Have the convolutions of one spatial position, octave or not, dilated there, in place.
 
-    Where MKL is faster than oneDNN, octave convolutions of one position become matrix products in training (products.py).
-    Names and weights are unchanged. Outputs are those of several threads, which differ by rounding.
+    Names, weights and what is computed stay. Outputs are those of several threads, which differ by rounding.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
             step = layer._step if isinstance(layer, OctConv2d | OctConv3d) else layer.stride
             layer.dilation = dilation_for_onednn(layer.weight.shape, step, layer.dilation)
-            if isinstance(layer, OctConv2d | OctConv3d) and products.are_fast():
-                layer.use_products()
 
 
 def dilation_for_onednn(shape: Sequence[int], stride: Sequence[int], dilation: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from octvideo.octave import products
 from octvideo.octave.feature import add_upsampled, average_pool, pooling_gradient, upsample, upsampling_gradient
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ class Path(NamedTuple):
         return weight[self.rows, self.columns]
 
 
-def paths_of(layer: _OctConv, *, joint: bool = True) -> list[Path]:
-    """Return H->H, H->L, then L->H and L->L. joint: these two are one path where both read low at the same resolution."""
+def paths_of(layer: _OctConv) -> list[Path]:
+    """H->H, H->L, then L->H and L->L; these as one convolution where both read low at the same resolution."""
     stride, pool, one = layer._pooled, layer.pool, (1,) * len(layer.pool)
     both, highs, lows = slice(None), slice(0, layer.out_high), slice(layer.out_high, None)
     middle = layer.in_high // layer.groups
@@ -65,7 +64,7 @@ def paths_of(layer: _OctConv, *, joint: bool = True) -> list[Path]:
         if layer.out_low and not layer.depthwise:
             paths.append(Path(place("high", stride, pool), lows, high_columns, 0, one, True))
     if layer.in_low:
-        if joint and to_high == stride and layer.groups == 1:
+        if to_high == stride and layer.groups == 1:
             paths.append(Path(place("low", stride), both, low_columns, layer.out_high, grow, biased))
         else:
             if layer.out_high and not layer.depthwise:
@@ -138,20 +137,12 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     pool: Callable[..., Tensor] = average_pool,
-    *,
-    by_products: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
     y_high = y_low = None
-    for path in layer._product_paths if by_products else layer._paths:
-        path_bias = bias[path.rows] if bias is not None and path.biased else None
-        x, block = _pooled(maps, path.place, pool), path.block(weight)
-        if by_products:
-            y = products.convolve(x, block, path_bias, None if path.high else y_low)
-        else:
-            y = layer._convolve(x, block, path_bias)
-        if y is y_low:
-            continue
+    for path in layer._paths:
+        own_bias = bias[path.rows] if bias is not None and path.biased else None
+        y = layer._convolve(_pooled(maps, path.place, pool), path.block(weight), own_bias)
         # Slices, because the views of `split` refuse an operation in place after this layer.
         if path.high:
             part = y[:, : path.high] if path.high < y.shape[1] else y
@@ -188,9 +179,9 @@ class _Paths(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        ctx.layer, ctx.by_products = layer, bool(layer._product_paths) and products.usable(high)
+        ctx.layer = layer
         ctx.save_for_backward(high, low, weight)
-        outputs = _forward(layer, size, high, low, weight, bias, _pool_once, by_products=ctx.by_products)
+        outputs = _forward(layer, size, high, low, weight, bias, _pool_once)
         # nor may an operation in place follow where a step of autograd gives views
         return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)
 
@@ -204,27 +195,21 @@ class _Paths(torch.autograd.Function):
         grad_maps: dict[Place, Tensor] = {}
         grad_weight = torch.empty_like(weight) if weight_wanted else None
         grad_bias = weight.new_empty(layer.out_channels) if bias_wanted else None
-        by_products = ctx.by_products and not torch.is_grad_enabled()
-        for path in layer._product_paths if by_products else layer._paths:
+        for path in layer._paths:
             needs = [wanted[path.place[0]], weight_wanted, bias_wanted and path.biased]
             if not any(needs):
                 continue
             x = _pooled(maps, path.place, average_pool)
             block = path.block(weight)
             grad = _gradient_of_output(path, len(block), *grads)
-            before = grad_maps.get(path.place)
-            grad_block = None if grad_weight is None else path.block(grad_weight)
-            if by_products:
-                grad_x, path_bias = products.gradients(grad, x, block, needs, onto=before, to_weight=grad_block)
-            else:
-                grad_x, values, path_bias = layer._convolution_gradients(grad, x, block, needs)
-                if grad_block is not None and values is not None:
-                    grad_block.copy_(values)
-                grad_x = grad_x if before is None or grad_x is None else before.add_(grad_x)
-            if path_bias is not None and grad_bias is not None:
-                grad_bias[path.rows] = path_bias
+            grad_x, grad_block, own_bias = layer._convolution_gradients(grad, x, block, needs)
+            if grad_block is not None and grad_weight is not None:
+                path.block(grad_weight).copy_(grad_block)
+            if own_bias is not None and grad_bias is not None:
+                grad_bias[path.rows] = own_bias
             if grad_x is not None:
-                grad_maps[path.place] = grad_x
+                before = grad_maps.get(path.place)
+                grad_maps[path.place] = grad_x if before is None else before.add_(grad_x)
         return None, None, *_gradients_of_inputs(maps, grad_maps), grad_weight, grad_bias
 
 
