@@ -77,17 +77,22 @@ def paths_of(layer: _OctConv) -> list[Path]:
 def follow_paths(
     layer: _OctConv, high: Tensor, low: Tensor | None, weight: Tensor, bias: Tensor | None, size: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(y_high, y_low) of `layer`, None where it gives no such map. weight: columns high before low. size: of y_high."""
+    """Return (y_high, y_low) of `layer`, None for a map that it does not have.
+
+    weight: columns high before low. size: of y_high.
+    """
     followed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (high, low, weight, bias))
     # A compiler takes the gradients of plain operators apart by itself, and fuses them.
     compiled = torch.compiler.is_compiling()
     if compiled or torch.jit.is_tracing() or not layer._even_zeros or not followed:
         trained = compiled and layer.training and torch.is_grad_enabled()
-        return _forward(layer, size, high, low, weight, bias, _pooled_again if trained else average_pool)
-    device = high.device.type
+        pool = _pooled_again if trained else average_pool
+        return _forward(layer, size, high, low, _blocks(layer, weight, weight.dtype), bias, pool)
+    device, dtype = high.device.type, weight.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
-        high, low, weight, bias = _cast(high), _cast(low), _cast(weight), _cast(bias)
-    return _Paths.apply(layer, size, high, low, weight, bias)
+        high, low, bias = _cast(high), _cast(low), _cast(bias)
+        dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
+    return _Paths.apply(layer, size, dtype, high, low, weight, bias)
 
 
 class _Shared(threading.local):
@@ -120,7 +125,7 @@ def _pool_once(x: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _cast(x: Any) -> Any:
-    """What autocast does to the input of a convolution; here the weight is cast once for all paths."""
+    """Cast an input of a convolution as autocast does."""
     return x if x is None or x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
@@ -129,20 +134,25 @@ def _pooled_again(x: Tensor, kernel: Kernel) -> Tensor:
     return checkpoint(average_pool, x, kernel, use_reentrant=False, preserve_rng_state=False)
 
 
+def _blocks(layer: _OctConv, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the block of each path: a view, or in another dtype a dense copy, which a convolution needs not copy again."""
+    return [path.block(weight).to(dtype) for path in layer._paths]
+
+
 def _forward(
     layer: _OctConv,
     size: Sequence[int],
     high: Tensor,
     low: Tensor | None,
-    weight: Tensor,
+    blocks: Sequence[Tensor],
     bias: Tensor | None,
     pool: Callable[..., Tensor] = average_pool,
 ) -> tuple[Tensor | None, Tensor | None]:
     maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
     y_high = y_low = None
-    for path in layer._paths:
-        own_bias = bias[path.rows] if bias is not None and path.biased else None
-        y = layer._convolve(_pooled(maps, path.place, pool), path.block(weight), own_bias)
+    for path, block in zip(layer._paths, blocks, strict=True):
+        path_bias = bias[path.rows] if bias is not None and path.biased else None
+        y = layer._convolve(_pooled(maps, path.place, pool), block, path_bias)
         # Slices, because the views of `split` refuse an operation in place after this layer.
         if path.high:
             part = y[:, : path.high] if path.high < y.shape[1] else y
@@ -167,50 +177,56 @@ def _pooled(maps: dict[Place, Any], place: Place, pool: Callable[..., Tensor]) -
 
 
 class _Paths(torch.autograd.Function):
-    """`_forward`. Its backward pass is made of operators that have gradients, so that second ones exist as well."""
+    """`_forward`. Its backward pass is made of operators that have gradients, so that second ones exist as well.
+
+    dtype: of the computation. Under autocast the weight has another one; then its blocks are cast one by one and kept.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         layer: _OctConv,
         size: Sequence[int],
+        dtype: torch.dtype,
         high: Tensor,
         low: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        ctx.layer = layer
-        ctx.save_for_backward(high, low, weight)
-        outputs = _forward(layer, size, high, low, weight, bias, _pool_once)
-        # nor may an operation in place follow where a step of autograd gives views
+        blocks = _blocks(layer, weight, dtype)
+        ctx.layer, ctx.dtype = layer, dtype
+        ctx.save_for_backward(high, low, weight, *(blocks if dtype != weight.dtype else ()))
+        outputs = _forward(layer, size, high, low, blocks, bias, _pool_once)
+        # A step of autograd must not return views either: operations in place on them raise.
         return tuple(y.clone() if y is not None and y._is_view() else y for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         layer: _OctConv = ctx.layer
-        high, low, weight = ctx.saved_tensors
-        _, _, *maps_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
+        high, low, weight, *blocks = ctx.saved_tensors
+        if not blocks or torch.is_grad_enabled():  # second derivatives must lead to the weight
+            blocks = _blocks(layer, weight, ctx.dtype)
+        _, _, _, *maps_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
         wanted = dict(zip(("high", "low"), maps_wanted, strict=True))
         maps: dict[Place, Any] = {("high", ()): high, ("low", ()): low}
         grad_maps: dict[Place, Tensor] = {}
         grad_weight = torch.empty_like(weight) if weight_wanted else None
-        grad_bias = weight.new_empty(layer.out_channels) if bias_wanted else None
-        for path in layer._paths:
+        grad_bias = high.new_empty(layer.out_channels) if bias_wanted else None
+        for path, block in zip(layer._paths, blocks, strict=True):
             needs = [wanted[path.place[0]], weight_wanted, bias_wanted and path.biased]
             if not any(needs):
                 continue
             x = _pooled(maps, path.place, average_pool)
-            block = path.block(weight)
             grad = _gradient_of_output(path, len(block), *grads)
-            grad_x, grad_block, own_bias = layer._convolution_gradients(grad, x, block, needs)
+            grad_x, grad_block, path_bias = layer._convolution_gradients(grad, x, block, needs)
             if grad_block is not None and grad_weight is not None:
                 path.block(grad_weight).copy_(grad_block)
-            if own_bias is not None and grad_bias is not None:
-                grad_bias[path.rows] = own_bias
+            if path_bias is not None and grad_bias is not None:
+                grad_bias[path.rows] = path_bias
             if grad_x is not None:
                 before = grad_maps.get(path.place)
                 grad_maps[path.place] = grad_x if before is None else before.add_(grad_x)
-        return None, None, *_gradients_of_inputs(maps, grad_maps), grad_weight, grad_bias
+        return None, None, None, *_gradients_of_inputs(maps, grad_maps), grad_weight, grad_bias
 
 
 def _gradient_of_output(path: Path, outputs: int, grad_high: Any, grad_low: Any) -> Tensor:

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
@@ -72,9 +73,12 @@ def gradients(layer: torch.nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
 def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls a function while layers are plain operators, which autograd follows one by one."""
 
+    def forward(layer: Any, size: Any, dtype: torch.dtype, high: Any, low: Any, weight: Tensor, bias: Any) -> Any:
+        return paths._forward(layer, size, high, low, paths._blocks(layer, weight, dtype), bias)
+
     def call(fn: Any, *args: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(paths._Paths, "apply", paths._forward)
+            patch.setattr(paths._Paths, "apply", forward)
             return fn(*args)
 
     return call
@@ -189,9 +193,9 @@ def test_only_what_the_layer_was_given_is_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_the_weight_once(dtype: torch.dtype) -> None:
-    """One half-precision weight is kept, not one block per path; gradients come back in float32."""
-    layer = OctConv2d(8, 8, 3, padding=1, alpha_in=0.5, alpha_out=0.5)
+def test_autocast_casts_each_block_of_the_weight_once(dtype: torch.dtype) -> None:
+    """The half-precision blocks have the size of one weight, and are dense; gradients come back in float32."""
+    layer = OctConv2d(8, 8, 3, padding=1, alpha_in=0.5, alpha_out=0.5).to(memory_format=torch.channels_last)
     maps, kept = [x.requires_grad_() for x in given(layer, (6, 6), torch.float32)], []
     with (
         torch.autocast("cpu", dtype),
@@ -199,11 +203,40 @@ def test_autocast_casts_the_weight_once(dtype: torch.dtype) -> None:
     ):
         ys = outputs(layer, maps)
     assert {y.dtype for y in ys} == {dtype}
-    assert [tuple(x.shape) for x in kept] == [tuple(x.shape) for x in [*maps, layer.weight]]
-    assert {x.dtype for x in kept} == {dtype}
+    high, low, weight, *blocks = kept
+    assert [x.shape for x in (high, low)] == [x.shape for x in maps] and {high.dtype, low.dtype} == {dtype}
+    assert weight.data_ptr() == layer.weight.data_ptr()
+    assert {block.dtype for block in blocks} == {dtype} and sum(block.numel() for block in blocks) == weight.numel()
+    assert all(block.is_contiguous(memory_format=torch.channels_last) for block in blocks)
     sum(y.float().square().sum() for y in ys).backward()
     for x in [*maps, layer.weight, layer.bias]:
         assert x.grad is not None and x.grad.dtype == torch.float32 and x.grad.abs().max() > 0
+
+
+def test_second_derivatives_under_autocast_lead_to_the_weight() -> None:
+    torch.manual_seed(0)
+    layer = OctConv2d(8, 8, 3, padding=1, alpha_in=0.5, alpha_out=0.5)
+    maps = given(layer, (6, 6), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = sum(y.float().square().sum() for y in outputs(layer, maps))
+    (grad,) = torch.autograd.grad(total, layer.weight, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), layer.weight)
+    # the loss is quadratic in the weight: its Hessian times twice the gradient
+    step = 1e-2 * grad.detach() / grad.detach().norm()
+    moved = copy.deepcopy(layer)
+    moved.weight.data += step
+    exact = []
+    for each in (layer, moved):
+        (g,) = torch.autograd.grad(sum(y.square().sum() for y in outputs(each, maps)), each.weight)
+        exact.append(g)
+    expected = 2 * (exact[1] - exact[0]) * grad.detach().norm() / 1e-2
+    assert (second - expected).norm() < 0.05 * expected.norm()
+
+
+def test_maps_of_another_dtype_than_the_weight_are_refused() -> None:
+    layer = OctConv2d(8, 8, 3, padding=1, alpha_in=0.5, alpha_out=0.5)
+    with pytest.raises(RuntimeError):
+        outputs(layer, given(layer, (6, 6), torch.bfloat16))
 
 
 def test_the_same_numbers_each_time() -> None:
