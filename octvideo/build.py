@@ -239,7 +239,7 @@ def check_device(cfg: CfgNode, device: torch.device, *, training: bool) -> None:
             f"MODEL.COMPILE is {cfg.MODEL.COMPILE}: a CPU needs a C++ compiler for it, and there is no {compiler!r} here; "
             "install one, name it in CXX, or set MODEL.COMPILE off"
         )
-    if cfg.MODEL.COMPILE == "graphs" and device.type != "cuda":
+    if training and cfg.MODEL.COMPILE == "graphs" and device.type != "cuda":
         problems.append(
             f"MODEL.COMPILE is graphs, but the device is {device.type}: CUDA graphs need a CUDA device; set MODEL.COMPILE "
             "default"
