@@ -114,7 +114,7 @@ def _percent(part: int, whole: int) -> float:
 
 
 class Mean:
-    """A mean of device numbers that are read only when asked for, so that adding never waits for the device."""
+    """A mean over clips. Totals may be tensors, which are read when the mean is."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0

@@ -12,7 +12,7 @@ from torch import Tensor
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Yield (batch, clips, labels) with clips [N, V, C, (T,) H, W] and labels [N] on the device.
 
-    On a GPU the copies run on a stream of their own. The host has launched the step before and does not wait for it, so
+    On a GPU the copies run on a separate stream. The host has launched the step before and does not wait for it, so
     they overlap with it. Batches must be in pinned memory, or the copy waits.
     """
     if device.type != "cuda":

@@ -68,7 +68,7 @@ def usable(*maps: Tensor) -> bool:
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Try the kernels once per device. If Triton, its C compiler or a driver is missing, the run is slower but goes on."""
+    """Try the kernels once per device. If Triton, its C compiler or a driver is missing, the run is slower and continues."""
     if importlib.util.find_spec("triton") is None:
         return False
     errors: list[Exception] = []
