@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tabulate import tabulate
 from tqdm import tqdm
 
+from octvideo import command
 from octvideo.data.dataset import ListError, VideoList, read_list
 from octvideo.engine.classes import class_key
 
@@ -509,4 +510,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

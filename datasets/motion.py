@@ -40,6 +40,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from octvideo import command
+from octvideo.errors import UserError
+
 Floats = NDArray[np.floating]
 
 VERSION = 1  # of the clips that given settings make: raise it with every change that shows in them
@@ -239,7 +242,7 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """Settings that make no data set, or not in this folder."""
 
 
@@ -404,4 +407,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

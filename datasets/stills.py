@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from octvideo import command
+
 if TYPE_CHECKING or __package__:
     from datasets import motion
 else:  # run as a script, which has this folder on its path
@@ -143,4 +145,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -21,10 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from octvideo import command
+from octvideo.errors import UserError
+
 COLUMNS = ("path", "label", "class", "sequence", "sha1")
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError, ValueError):
     """A manifest that is missing, damaged, or does not fit its folder or what is asked of it."""
 
 
@@ -164,4 +167,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

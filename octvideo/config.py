@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from octvideo.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """One message that lists every problem of a configuration."""
 
     def __init__(self, where: str, problems: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
+from octvideo.errors import RunError, UserError
 from octvideo.octave.onednn import use_onednn
 from octvideo.octave.resample import frames_as_channels
 
@@ -40,11 +41,11 @@ CPU_INFO = Path("/proc/cpuinfo")
 Run = Callable[[Tensor], Tensor]
 
 
-class BackendError(RuntimeError):
+class BackendError(UserError, RuntimeError):
     """What a back end, this machine or what is installed on it cannot do; the message says what can be done."""
 
 
-class ExportError(RuntimeError):
+class ExportError(RunError, RuntimeError):
     """A network that cannot be exported, or a file that cannot be written or read; the message says which and why."""
 
 

@@ -41,6 +41,7 @@ from octvideo.engine.scores import Averaged
 from octvideo.engine.stop import Stopped, StopRequest
 from octvideo.engine.train import Precision, Progress, TrainingError, fit
 from octvideo.engine.unread import UnreadSteps
+from octvideo.files import write_atomic
 from octvideo.models import checkpoint_activations
 from octvideo.octave import synchronize_norms
 
@@ -212,7 +213,7 @@ def train(cfg: CfgNode, world: World, device: torch.device) -> None:
     if remark:
         log.say(remark)
     if world.main:
-        checkpoint.write_atomic(folder / "config.yaml", cfg.dump().encode())
+        write_atomic(folder / "config.yaml", cfg.dump().encode())
     with run.stop, _profiler(run) as profiler:
         try:
             fit(

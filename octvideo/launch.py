@@ -29,6 +29,7 @@ import torch
 
 from octvideo.engine import distributed
 from octvideo.engine.distributed import World
+from octvideo.errors import UserError
 
 Result = TypeVar("Result")
 TREE = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ TREE = Path(__file__).resolve().parents[1]
 STOPPED = tuple(128 + int(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError, ValueError):
     """The request for a place to run cannot be met; the message says why and what to do."""
 
 

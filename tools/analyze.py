@@ -38,17 +38,16 @@ from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
-from octvideo import build, jobs
+from octvideo import build, command, jobs
 from octvideo.analysis.complexity import Complexity
 from octvideo.analysis.contact import contact_sheet
-from octvideo.analysis.frequency import ALL, LOW, LOW_OWN_GRID, VANILLA, LayerError, Spectra, picture, spectra
+from octvideo.analysis.frequency import ALL, LOW, LOW_OWN_GRID, VANILLA, Spectra, picture, spectra
 from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
-from octvideo.config import ConfigError
 from octvideo.data.dataset import ListError, Sample, VideoList
-from octvideo.data.decode import MissingDecoderError
 from octvideo.engine import checkpoint
-from octvideo.engine.checkpoint import CheckpointError, write_atomic
-from octvideo.engine.distributed import DistributedError, World, device_of
+from octvideo.engine.distributed import World, device_of
+from octvideo.errors import UserError
+from octvideo.files import write_atomic
 
 if TYPE_CHECKING or __package__:
     from tools import analyze_calls, analyze_roofline
@@ -59,7 +58,7 @@ else:  # run as a script, which has this folder on its path
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A command line that asks for what cannot be done."""
 
 
@@ -314,6 +313,7 @@ def golden(options: argparse.Namespace) -> None:
     write_atomic(options.write, (json.dumps(counts, indent=1) + "\n").encode())
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -357,22 +357,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts.add_argument("--write", type=Path, metavar="FILE", required=True)
     counts.set_defaults(run=golden)
     options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (
-        RequestError,
-        analyze_roofline.CardError,
-        LayerError,
-        ConfigError,
-        ListError,
-        MissingDecoderError,
-        CheckpointError,
-        DistributedError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options.run(options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

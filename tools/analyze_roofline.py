@@ -13,6 +13,7 @@ from torch import nn
 
 from octvideo import build
 from octvideo.analysis.roofline import CARDS, Card, Roofline, card_named, efficiency, step_roofline
+from octvideo.errors import UserError
 
 FORMS: dict[str, dict[str, Any]] = {
     "operators": {"fused": False},
@@ -23,7 +24,7 @@ NOTE = """A model, not a measurement. efficiency: ratio of multiply-adds over ra
 of this form can reach. memory-bound: share of the time in kernels that wait for memory. Assumptions: docs/gpu.md."""
 
 
-class CardError(ValueError):
+class CardError(UserError, ValueError):
     """A card that the table does not have, or rates that are incomplete."""
 
 

@@ -22,16 +22,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from octvideo import deploy
+from octvideo import command, deploy
 from octvideo.benchmark.data import benchmark_data, write_sources
 from octvideo.benchmark.gpu import PARTS, benchmark_gpu
 from octvideo.benchmark.model import DTYPES, benchmark_model
 from octvideo.benchmark.speed import BenchmarkError
-from octvideo.config import ConfigError
-from octvideo.data.dataset import ListError
-from octvideo.data.decode import BACKENDS, MissingDecoderError
-from octvideo.engine.checkpoint import CheckpointError
-from octvideo.engine.distributed import DistributedError
+from octvideo.data.decode import BACKENDS
 
 
 def _decoders(text: str) -> list[str]:
@@ -65,6 +61,7 @@ def _parts(text: str) -> list[str]:
     return names
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -105,38 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu.add_argument("--parts", type=_parts, default=[part.name for part in PARTS], metavar="A,B", help="default all")
     gpu.add_argument("--toy", action="store_true", help="the same program at toy sizes on the CPU")
     gpu.set_defaults(run=benchmark_gpu)
-    for command, run in ((data, benchmark_data), (model, benchmark_model)):
-        command.add_argument("--cfg", required=True, metavar="CONFIG")
-        command.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")
-        command.add_argument("overrides", nargs="*", metavar="KEY VALUE")
-        command.set_defaults(run=run)
+    for measured, run in ((data, benchmark_data), (model, benchmark_model)):
+        measured.add_argument("--cfg", required=True, metavar="CONFIG")
+        measured.add_argument("--rounds", type=int, default=5, help="counted runs of each (default 5)")
+        measured.add_argument("overrides", nargs="*", metavar="KEY VALUE")
+        measured.set_defaults(run=run)
     options = parser.parse_args(arguments)
-    try:
-        if (
-            min(
-                getattr(options, "rounds", 1),
-                *getattr(options, "workers", [1]),
-                getattr(options, "batch", 1),
-                getattr(options, "threads", 1),
-            )
-            < 1
-        ):
-            raise BenchmarkError("--rounds, --workers, --batch and --threads are 1 or more")
-        options.run(options)
-    except (
-        BenchmarkError,
-        deploy.BackendError,
-        deploy.ExportError,
-        CheckpointError,
-        ConfigError,
-        DistributedError,
-        ListError,
-        MissingDecoderError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    numbers = [getattr(options, name, 1) for name in ("rounds", "batch", "threads")]
+    if min(*numbers, *getattr(options, "workers", [1])) < 1:
+        raise BenchmarkError("--rounds, --workers, --batch and --threads are 1 or more")
+    options.run(options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -30,30 +30,25 @@ import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from octvideo import build, jobs, launch
+from octvideo import build, command, jobs, launch
 from octvideo.analysis.report import WorstVideo, report_html, spread, thumbnail
-from octvideo.config import ConfigError
-from octvideo.data.dataset import ListError
-from octvideo.data.decode import DecodeError, MissingDecoderError, member_of, open_video
+from octvideo.data.decode import DecodeError, member_of, open_video
 from octvideo.data.images import read_image
-from octvideo.data.loader import LoaderError
 from octvideo.data.sampling import POLICIES, contained
-from octvideo.engine.checkpoint import CheckpointError, write_atomic
-from octvideo.engine.classes import ClassOrderError
-from octvideo.engine.distributed import DistributedError, World
+from octvideo.engine.distributed import World
 from octvideo.engine.log import training_history
 from octvideo.engine.metrics import most_confused
 from octvideo.engine.results import Results, results_of, view_facts
-from octvideo.engine.scores import AVERAGES, Averaged, ScoresError, ViewScores, aggregate, combine
-from octvideo.launch import Job, LaunchError, Request
+from octvideo.engine.scores import AVERAGES, Averaged, ViewScores, aggregate, combine
+from octvideo.errors import UserError
+from octvideo.files import write_atomic
+from octvideo.launch import Job, Request
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A command line that asks for what cannot be done."""
 
 
-MISTAKES = (RequestError, ConfigError, LaunchError, ListError, MissingDecoderError)
-FAILURES = (DecodeError, LoaderError, CheckpointError, DistributedError, ClassOrderError, ScoresError, OSError)
 KEY = re.compile(r"[A-Z_]+(\.[A-Z_]+)*")
 WORST, PAIRS = 12, 15  # wrong videos, and pairs of classes, on the page
 # Facts in the page's order and words; of a number: how many of the fact's own units its unit is.
@@ -321,31 +316,22 @@ def _check_report(path: Path) -> None:
         raise RequestError(f"--report {path}: {there} is a file; give a folder")
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the evaluation failed, 2 the request was wrong, 130 interrupted."""
-    try:
-        options = parse(arguments)
-        request = Request.of(options)
-        if request.elsewhere:
-            return launch.start(request, __file__, _jobs(options, request))
-        results, folder = of_network(options) if options.cfg else (of_scores(options), options.scores[0].parent)
-        if results:  # the main rank
-            print(results.summary())
-            if options.report:
-                options.report.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(options.report, page(results, options.scores or [], folder).encode())
-                print(f"\nthe page: {options.report}")
-    except MISTAKES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FAILURES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    options = parse(arguments)
+    request = Request.of(options)
+    if request.elsewhere:
+        return launch.start(request, __file__, _jobs(options, request))
+    results, folder = of_network(options) if options.cfg else (of_scores(options), options.scores[0].parent)
+    if results:  # the main rank
+        print(results.summary())
+        if options.report:
+            options.report.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(options.report, page(results, options.scores or [], folder).encode())
+            print(f"\nthe page: {options.report}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -23,12 +23,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import octvideo
-from octvideo import build, deploy, jobs
-from octvideo.config import ConfigError
-from octvideo.deploy import BackendError, ExportError
+from octvideo import build, command, deploy, jobs
+from octvideo.deploy import ExportError
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World
+from octvideo.errors import UserError
 from octvideo.octave import fuse
 
 LIMIT = 1e-4  # of the largest logit
@@ -40,7 +40,7 @@ USE = {
 }
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A command line that cannot be carried out."""
 
 
@@ -155,6 +155,7 @@ def summary(
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the export failed, 2 the request was wrong, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,19 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-fuse", action="store_true", help="as it was trained, not in its inference form")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. DATA.TEST_CROP 224")
     options = parser.parse_intermixed_args(arguments)  # so that KEY VALUE may stand between the flags
-    try:
-        export(options)
-    except (RequestError, ConfigError, BackendError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    export(options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -20,10 +20,8 @@ from pathlib import Path
 from tabulate import tabulate
 from torch import Tensor
 
-from octvideo import build
-from octvideo.config import ConfigError
+from octvideo import build, command
 from octvideo.engine import checkpoint
-from octvideo.engine.checkpoint import CheckpointError
 from octvideo.weights import files, mxnet, names
 from octvideo.weights.coverage import Coverage, WeightsError, is_counter
 from octvideo.weights.inflate import HOW, image_shape, inflate
@@ -96,6 +94,7 @@ def _table(
     )
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the file does not do, 2 the request was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,16 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-head", action="store_true", help="leave a classifier of other classes out")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     options = parser.parse_args(arguments)
-    try:
-        convert(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (WeightsError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    convert(options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

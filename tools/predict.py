@@ -29,19 +29,20 @@ from PIL import Image
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from octvideo import build, config, jobs
+from octvideo import build, command, config, jobs
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.overlay import Font, choose_font, draw_panel, heat_over, lacking, legible
 from octvideo.analysis.saliency import grad_cam
-from octvideo.config import ConfigError
 from octvideo.data.dataset import EvalDataset, unlabelled
-from octvideo.data.decode import DecodeError, MissingDecoderError, Video, open_video
+from octvideo.data.decode import DecodeError, Video, open_video
 from octvideo.data.encode import EncodeError, write_mp4
 from octvideo.data.images import ImageEvalDataset
 from octvideo.data.transforms import scaled_size, uniform_crops
 from octvideo.engine import checkpoint
-from octvideo.engine.checkpoint import CheckpointError, write_atomic
-from octvideo.engine.distributed import DistributedError, World, device_of
+from octvideo.engine.checkpoint import CheckpointError
+from octvideo.engine.distributed import World, device_of
+from octvideo.errors import UserError
+from octvideo.files import write_atomic
 
 CHUNK = 16  # frames of a video held at a time while it is annotated
 SHOWN_FRAMES = 8  # of a clip in a contact sheet
@@ -50,7 +51,7 @@ LONGEST_NAME = 30  # signs of a class name in a table; files have all of it
 UNTRAINED = "RANDOM WEIGHTS: this says nothing"
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A command line that cannot be carried out."""
 
 
@@ -478,6 +479,7 @@ def _header(answer: dict[str, Any]) -> str:
     return f"{answer['path']}: {answer['frames']} frames at {answer['fps']:.6g} a second, {seconds:.2f} s"
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 a file or the run failed, 2 the request was wrong, 130 interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -498,18 +500,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--features", action="store_true", help="write VIDEO_features.npz")
     parser.add_argument("--font", metavar="FILE", help="TrueType font for class names in pictures")
     options = parser.parse_intermixed_args(arguments)  # so that KEY VALUE may stand behind the flags
-    try:
-        return predict(options)
-    except (RequestError, ConfigError, MissingDecoderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, DistributedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is whole", file=sys.stderr)
-        return 130
+    return predict(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

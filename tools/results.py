@@ -18,7 +18,14 @@ from typing import Any
 
 from tabulate import tabulate
 
+from octvideo import command
+from octvideo.errors import RunError
+
 COLUMNS = ["run", "top-1 %", "videos", "views", "multiply-adds (G)", "parameters (M)", "train clips/s", "test clips/s"]
+
+
+class ResultsError(RunError):
+    """A folder without the results of a run; the message names what is missing."""
 
 
 def row(folder: Path) -> list[Any]:
@@ -60,23 +67,20 @@ def _checked(folder: Path, read: Callable[[Path], list[Any]]) -> list[Any]:
     try:
         return read(folder)
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: no such file; {folder} holds no finished test of run_net.py") from None
+        raise ResultsError(f"{error.filename}: no such file; {folder} holds no finished test of run_net.py") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: test.json or metrics.jsonl is not what run_net.py writes ({error!r})") from None
+        raise ResultsError(f"{folder}: test.json or metrics.jsonl is not what run_net.py writes ({error!r})") from None
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_DIR")
     parser.add_argument("--losses", nargs="+", type=int, default=[], metavar="STEP", help="the training loss instead")
     options = parser.parse_args(arguments)
-    try:
-        print(table(options.folders, options.losses))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(table(options.folders, options.losses))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -12,30 +12,15 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from octvideo import build, jobs, launch
+from octvideo import build, command, jobs, launch
 from octvideo.config import ConfigError
-from octvideo.data.dataset import ListError
-from octvideo.data.decode import DecodeError, MissingDecoderError
-from octvideo.data.loader import LoaderError
 from octvideo.engine import checkpoint
-from octvideo.engine.checkpoint import CheckpointError
-from octvideo.engine.classes import ClassOrderError
-from octvideo.engine.distributed import DistributedError, World
-from octvideo.engine.failures import BudgetError
-from octvideo.engine.log import LogError
-from octvideo.engine.nonfinite import NonFiniteError
-from octvideo.engine.scores import ScoresError
+from octvideo.engine.distributed import World
 from octvideo.engine.stop import Stopped
-from octvideo.engine.train import TrainingError
-from octvideo.launch import Job, LaunchError, Request
-
-MISTAKES = (ConfigError, LaunchError, ListError, MissingDecoderError)
-FAILURES = (
-    *(DecodeError, LoaderError, CheckpointError, LogError, DistributedError, TrainingError, BudgetError),
-    *(NonFiniteError, ClassOrderError, ScoresError),
-)
+from octvideo.launch import Job, Request
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 128 + N saved and
     stopped by signal N (SIGTERM, SIGUSR1, SIGUSR2)."""
@@ -66,12 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 jobs.test(cfg, world, device)
 
         launch.run(job, cfg.DEVICE)
-    except MISTAKES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FAILURES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Stopped as stop:
         print(f"{stop}; saved there, TRAIN.RESUME auto goes on", file=sys.stderr)
         return 128 + stop.signal_number
@@ -93,4 +72,4 @@ def _job(cfg: CfgNode, request: Request) -> Job:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

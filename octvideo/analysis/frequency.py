@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from octvideo.analysis.chart import Line, Panel, draw
+from octvideo.errors import UserError
 from octvideo.octave import Feature, Octave, upsample
 
 ALL, HIGH, LOW, LOW_OWN_GRID = "all", "high", "low", "low, own grid"
@@ -31,7 +32,7 @@ CHUNK = 256  # maps that are transformed at a time
 STAGE = re.compile(r"(?:^|\.)stages\.[^.]+$")
 
 
-class LayerError(ValueError):
+class LayerError(UserError, ValueError):
     """A layer whose maps cannot be measured."""
 
 

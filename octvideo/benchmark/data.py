@@ -27,8 +27,8 @@ from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn
 from octvideo.data import transforms
 from octvideo.data.dataset import VideoList
 from octvideo.data.decode_pyav import PyAVVideo
-from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import World
+from octvideo.files import write_atomic
 
 Reader = Callable[[int, int], object]  # a video's number in the list and the turn -> a clip
 

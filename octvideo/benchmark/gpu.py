@@ -28,7 +28,7 @@ import torch
 import octvideo
 from octvideo.benchmark.gpu_report import markdown
 from octvideo.benchmark.speed import BenchmarkError
-from octvideo.engine.checkpoint import write_atomic
+from octvideo.files import write_atomic
 
 ROOT = Path(octvideo.__file__).resolve().parents[1]
 NEEDED = ("configs", "datasets", "tests", "tools")

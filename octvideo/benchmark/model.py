@@ -22,9 +22,9 @@ from octvideo.analysis.naive import naive
 from octvideo.analysis.paper import TABLE_2
 from octvideo.benchmark import peers
 from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
-from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import World, device_of
 from octvideo.engine.train import train_step
+from octvideo.files import write_atomic
 from octvideo.octave import fuse
 
 MODES = ("inference", "training")

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from octvideo.errors import UserError
 
-class BenchmarkError(RuntimeError):
+
+class BenchmarkError(UserError, RuntimeError):
     """A measurement that cannot be taken."""
 
 

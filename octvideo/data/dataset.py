@@ -28,12 +28,13 @@ from octvideo.data.transforms import (
     to_clip,
     uniform_crops,
 )
+from octvideo.errors import UserError
 
 # Frames held at full size at a time: the 80 of ten test clips would be 500 MB at 1080p, in every worker.
 CHUNK = 32
 
 
-class ListError(ValueError):
+class ListError(UserError, ValueError):
     """An annotation list that cannot be used. The text names every problem with its line and its remedy."""
 
 

@@ -17,12 +17,14 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from octvideo.errors import RunError, UserError
 
-class DecodeError(ValueError):
+
+class DecodeError(RunError, ValueError):
     """A file or a frame that cannot be read. The text is "PATH: reason; remedy"."""
 
 
-class MissingDecoderError(ModuleNotFoundError):
+class MissingDecoderError(UserError, ModuleNotFoundError):
     """A decoder that was asked for is not installed. The text is "what; what to install or to choose instead"."""
 
 

@@ -11,8 +11,10 @@ import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
 
+from octvideo.errors import RunError
 
-class EncodeError(RuntimeError):
+
+class EncodeError(RunError, RuntimeError):
     """Frames that FFmpeg does not encode. The text names their size and what FFmpeg says."""
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from octvideo.data.dataset import Batch, Sample, collate
 from octvideo.data.sampling import seeded_generator
+from octvideo.errors import RunError
 
 
 class TrainBatches:
@@ -85,7 +86,7 @@ class EvalBatches:
             yield list(self.indices[first : first + self.batch_size])
 
 
-class LoaderError(RuntimeError):
+class LoaderError(RunError, RuntimeError):
     """A worker that hangs or has died; the message names the file that it was reading."""
 
 

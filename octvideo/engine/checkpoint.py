@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
+
+from octvideo.errors import RunError
+from octvideo.files import first_line, remove_unfinished, write_atomic
 
 FORMAT = 2  # 2: holds the place within an epoch
 _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError, RuntimeError):
     """A checkpoint that cannot be written, read or used; the message says which and what to do."""
-
-
-def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
-    """Put `content`, bytes or a function that writes them, into a temporary file, flush it to the disk, rename it.
-
-    A reader sees the old file or the new one, never a part. Raises CheckpointError (disk full, no permission), leaving
-    what was there untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
-        reason = f"{_first_line(error)}; {free:.0f} MB are free there"
-        raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is untouched") from error
-    except BaseException:  # of what writes the content, or ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -58,9 +27,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint_{step:08d}.pt"
     write_atomic(path, lambda file: torch.save({"format": FORMAT, "step": step, **state}, file))
-    unfinished = folder.glob(".checkpoint_*.tmp")  # of processes that were killed in the middle
-    for old in (*found(folder)[:-keep], *unfinished):
+    for old in found(folder)[:-keep]:
         old.unlink(missing_ok=True)
+    remove_unfinished(folder)
     return path
 
 
@@ -91,11 +60,11 @@ def load(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} does not agree")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: not a whole checkpoint ({first_line(error)})") from error
     except Exception as error:  # pickle's errors have no common base but Exception
         if type(error).__module__ not in ("_pickle", "pickle"):
             raise
-        raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values ({first_line(error)})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of octvideo (format {FORMAT})")
     return state
@@ -152,7 +121,3 @@ def load_weights(model: nn.Module, weights: dict[str, Any], source: Path, new_he
 
 def _only_head(problems: list[str]) -> bool:
     return all(line.split()[1].startswith("head.") for line in problems)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from octvideo.errors import RunError
+
 SHOWN = 3  # positions, or names, that a message lists
 
 
-class ClassOrderError(ValueError):
+class ClassOrderError(RunError, ValueError):
     """Two sets of class names that should be one; the message names the first places where they differ."""
 
 

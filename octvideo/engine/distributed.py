@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from octvideo.errors import RunError
 
-class DistributedError(RuntimeError):
+
+class DistributedError(RunError, RuntimeError):
     """The environment of the processes contradicts itself, or some of them did not come."""
 
 

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from octvideo.engine.distributed import gather_objects
 from octvideo.engine.log import Log
+from octvideo.errors import RunError
 
 WORST = 5  # files that the last message names
 
 
-class BudgetError(RuntimeError):
+class BudgetError(RunError, RuntimeError):
     """More clips failed than may; the message names the files that failed most often."""
 
 

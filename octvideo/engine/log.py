@@ -13,10 +13,11 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from octvideo.engine.checkpoint import write_atomic
+from octvideo.errors import RunError
+from octvideo.files import write_atomic
 
 
-class LogError(RuntimeError):
+class LogError(RunError, RuntimeError):
     """The history of a run cannot be written (disk full, no permission)."""
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.distributed import gather_objects
 from octvideo.engine.log import Log
+from octvideo.errors import RunError
+from octvideo.files import write_atomic
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError, RuntimeError):
     """Too many steps, or what a norm reads, were not finite; the message is the last report, or names the norm."""
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.log import Log
+from octvideo.files import write_atomic
 
 SKIPPED, WARMUP = 3, 2  # steps before those recorded: memory and kernels find their place first
 

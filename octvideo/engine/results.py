@@ -18,7 +18,6 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor
 
-from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.metrics import (
     ClassRow,
     calibration_bins,
@@ -31,6 +30,7 @@ from octvideo.engine.metrics import (
     top_percent,
 )
 from octvideo.engine.scores import Averaged, ViewScores
+from octvideo.files import write_atomic
 
 NO_VIEW = "no view of it is among the scores"
 SHOWN = 5  # classes, and pairs of classes, that the summary lists

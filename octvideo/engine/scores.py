@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octvideo.engine.checkpoint import write_atomic
 from octvideo.engine.classes import check_class_order
+from octvideo.errors import RunError
+from octvideo.files import write_atomic
 
 FORMAT = 1
 AVERAGES = ("softmax", "logits")
@@ -47,7 +48,7 @@ ARRAYS = {
 }
 
 
-class ScoresError(ValueError):
+class ScoresError(RunError, ValueError):
     """Scores that cannot be used; the message names the file and what is wrong with it."""
 
 

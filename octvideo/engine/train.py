@@ -24,9 +24,10 @@ from octvideo.engine.optim import SGD, set_lr
 from octvideo.engine.prefetch import on_device
 from octvideo.engine.stop import Stopped
 from octvideo.engine.unread import UnreadStep, UnreadSteps
+from octvideo.errors import RunError
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError, RuntimeError):
     """The run cannot go on; the message says at which step and why."""
 
 

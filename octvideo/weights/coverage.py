@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octvideo.errors import RunError
+
 SHOWN = 20
 COUNTER = "num_batches_tracked"
 
 Shape = tuple[int, ...]
 
 
-class WeightsError(ValueError):
+class WeightsError(RunError, ValueError):
     """A file of weights that cannot be read or does not fit; the message says which, what and what to do."""
 
 

@@ -18,6 +18,7 @@ from octvideo.data.decode import DecodeError, open_video
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World
 from octvideo.engine.evaluate import evaluate
+from octvideo.files import write_atomic
 from tools import predict
 
 ROOT = Path(__file__).parents[2]
@@ -361,7 +362,7 @@ def test_weights_of_no_use(videos: Path, tmp_path: Path) -> None:
     path = save(tmp_path)
     state = checkpoint.load(path)
     state["model"]["head.fc.weight"].fill_(float("nan"))
-    checkpoint.write_atomic(path, lambda file: torch.save(state, file))
+    write_atomic(path, lambda file: torch.save(state, file))
     _, err = run(str(videos / "one.mp4"), "--checkpoint", str(path), status=1)
     assert "the network's answer is not a number" in err
 
