@@ -430,17 +430,19 @@ def iterations(cfg: CfgNode) -> list[float]:
 
 
 def learning_rate(cfg: CfgNode, steps_per_epoch: int) -> Callable[[float], float]:
-    """Epochs done -> learning rate for TRAIN.BATCH_SIZE."""
+    """Completed epochs -> learning rate for TRAIN.BATCH_SIZE."""
     scale = cfg.TRAIN.BATCH_SIZE / cfg.SOLVER.BASE_BATCH
+    base_lr = cfg.SOLVER.BASE_LR * scale
+    schedule: Callable[[float], float]
     if cfg.SOLVER.SCHEDULE == "steps":
-        return partial(optim.steps, base_lr=cfg.SOLVER.BASE_LR * scale, milestones=tuple(cfg.SOLVER.MILESTONES))
-    if cfg.SOLVER.SCHEDULE == "iterations":
-        ends = _rates_end(cfg, steps_per_epoch)[:-1]
-        return partial(optim.steps, base_lr=cfg.SOLVER.BASE_LR * scale, milestones=ends)
+        schedule = partial(optim.steps, base_lr=base_lr, milestones=tuple(cfg.SOLVER.MILESTONES))
+    elif cfg.SOLVER.SCHEDULE == "iterations":
+        schedule = partial(optim.steps, base_lr=base_lr, milestones=_rates_end(cfg, steps_per_epoch)[:-1])
+    else:
+        schedule = partial(optim.cosine, epochs=cfg.TRAIN.EPOCHS, base_lr=base_lr)
     return partial(
-        optim.warmup_cosine,
-        epochs=cfg.TRAIN.EPOCHS,
-        base_lr=cfg.SOLVER.BASE_LR * scale,
+        optim.warmed_up,
+        schedule=schedule,
         warmup_epochs=cfg.SOLVER.WARMUP_EPOCHS,
         warmup_lr=cfg.SOLVER.WARMUP_LR * scale,
     )

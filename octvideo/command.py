@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from octvideo.errors import RunError, UserError
+from octvideo import streams
+from octvideo.errors import Interrupted, RunError, UserError
 
 Main = Callable[..., int]
-
-lost: dict[str, str] = {}
-"""Streams of this process that can no longer be written, "standard output" or "standard error" -> why."""
 
 
 def run(main: Main) -> int:
     """Call main() as a program and return its exit status.
 
-    Standard output and standard error escape characters that their encoding lacks. If one of them cannot be written (a pipe
-    was closed, a terminal went away, a disk is full), its text is dropped from then on and the program continues; `lost`
-    has the reason.
+    Standard output and standard error never raise (octvideo.streams).
     """
-    sys.stdout = _guarded(sys.stdout, "standard output", 1)
-    sys.stderr = _guarded(sys.stderr, "standard error", 2)
+    streams.guard()
     status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -36,6 +28,7 @@ def reports_errors(main: Main) -> Main:
     """Decorate main: an expected error becomes one message on standard error, and its exit status is returned.
 
     Status 2: the request is wrong (UserError). 1: the work failed (RunError, OSError, MemoryError). 130: ctrl-C.
+    128 + N: stopped by signal N (Interrupted).
     """
 
     @functools.wraps(main)
@@ -45,6 +38,9 @@ def reports_errors(main: Main) -> Main:
         except (UserError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             return error.status
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            return stop.status
         except MemoryError as error:
             print(f"error: not enough memory ({str(error) or 'no details'})", file=sys.stderr)
             return 1
@@ -56,49 +52,3 @@ def reports_errors(main: Main) -> Main:
             return 130
 
     return guarded
-
-
-class _Guarded:
-    """A text stream whose writes never raise OSError."""
-
-    def __init__(self, stream: Any, name: str, descriptor: int) -> None:
-        self._stream, self._name, self._descriptor = stream, name, descriptor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return int(self._stream.write(text))
-        except (OSError, ValueError) as error:  # ValueError: the stream was closed
-            self._drop(error)
-            return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._drop(error)
-
-    def _drop(self, error: Exception) -> None:
-        """Let the descriptor lead nowhere, so that what the stream still holds, and native code writes, is dropped too."""
-        lost.setdefault(self._name, str(error) or type(error).__name__)
-        with contextlib.suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._descriptor)
-            os.close(nowhere)
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-
-def _guarded(stream: Any, name: str, descriptor: int) -> Any:
-    if stream is None:  # closed before the program started
-        lost.setdefault(name, "closed")
-        return open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123  # for the rest of the program
-    with contextlib.suppress(AttributeError, ValueError):
-        stream.reconfigure(errors="backslashreplace")
-    return _Guarded(stream, name, descriptor)

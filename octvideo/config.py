@@ -108,6 +108,8 @@ def defaults() -> CfgNode:
     cfg.TRAIN.CHECKPOINT_STEPS = 0  # steps between checkpoints within an epoch as well; 0: none
     cfg.TRAIN.KEEP_CHECKPOINTS = 3  # newest ones kept, >= 1
     cfg.TRAIN.RESUME = "none"  # none (refuses a folder with checkpoints), auto (newest whole one, else start) or a file
+    # With RESUME, if the list or SEED changed within an epoch: begin that epoch again; False: such a change is an error
+    cfg.TRAIN.RESTART_EPOCH = False
     cfg.TRAIN.INIT = (
         ""  # checkpoint of octvideo to take weights from (of others: tools/inflate.py); its alpha may differ
     )
@@ -146,7 +148,7 @@ def defaults() -> CfgNode:
     )
     cfg.SOLVER.MILESTONES = []  # steps: epochs at which the learning rate falls to a tenth, ascending
     cfg.SOLVER.ITERATIONS = []  # iterations: steps of BASE_BATCH at BASE_LR, at a tenth of it, at a hundredth ...; no more
-    cfg.SOLVER.WARMUP_EPOCHS = 34.0  # cosine: linear from WARMUP_LR to the cosine's value there; 0: none
+    cfg.SOLVER.WARMUP_EPOCHS = 34.0  # linear from WARMUP_LR to the schedule's rate at this epoch; 0: none
     cfg.SOLVER.WARMUP_LR = 0.01  # learning rate at step 0, at BASE_BATCH
     cfg.SOLVER.CLIP_NORM = 0.0  # most that the gradient's norm may be; 0: no limit
     cfg.SOLVER.MOMENTUM = 0.9  # 0 to below 1
@@ -333,7 +335,7 @@ def check(
         positive and bool(counts) == asked, "SOLVER.ITERATIONS", "counts of steps where SCHEDULE is iterations, else []"
     )
     require(
-        cfg.SOLVER.WARMUP_EPOCHS < cfg.TRAIN.EPOCHS or not cfg.TRAIN.ENABLE or cfg.SOLVER.SCHEDULE != "cosine",
+        cfg.SOLVER.WARMUP_EPOCHS < cfg.TRAIN.EPOCHS or not cfg.TRAIN.ENABLE or cfg.SOLVER.SCHEDULE == "iterations",
         "SOLVER.WARMUP_EPOCHS",
         f"below TRAIN.EPOCHS, which is {cfg.TRAIN.EPOCHS}",
     )

@@ -13,3 +13,9 @@ class RunError(Exception):
     """Work that cannot be completed: a damaged file, a full disk, a lost process. Exit status 1."""
 
     status = 1
+
+
+class Interrupted(Exception):
+    """The end of the work at the user's or the system's request. status: 128 + the number of the signal."""
+
+    status = 130

@@ -14,7 +14,7 @@ from octvideo.errors import RunError, UserError
 PROGRAM = """
 import sys
 from pathlib import Path
-from octvideo import command
+from octvideo import command, streams
 
 @command.reports_errors
 def main(arguments=None):
@@ -23,7 +23,7 @@ def main(arguments=None):
     print("\\u6620", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    Path(sys.argv[1]).write_text(repr(command.lost))
+    Path(sys.argv[1]).write_text(repr(streams.lost))
     return 0
 
 sys.exit(command.run(main))

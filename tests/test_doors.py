@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parents[1] / "octvideo"
 DOORS = {
     "errors": set(),
     "files": {"errors"},
-    "command": {"errors"},
+    "streams": set(),
+    "command": {"errors", "streams"},
     "octave": {"octave"},
     "models": {"models", "octave"},
     "weights": {"weights", "errors", "files"},
     "data": {"data", "errors", "files"},
     "config": {"errors", "files"},
-    "engine": {"engine", "errors", "files"},
+    "engine": {"engine", "errors", "files", "streams"},
     "analysis": {"analysis", "octave", "errors"},
     "launch": {"engine", "errors", "files"},
     "deploy": {"octave", "errors"},
@@ -26,7 +27,7 @@ DOORS = {
         *("benchmark", "errors", "files"),
     },
     "build": {"octave", "models", "weights", "data", "config", "engine", "analysis", "errors", "files"},
-    "jobs": {"build", "octave", "models", "data", "config", "engine", "errors", "files"},
+    "jobs": {"jobs", "build", "octave", "models", "data", "config", "engine", "errors", "files"},
     "__init__": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -72,7 +72,8 @@ def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
     def job(world: World, device: torch.device) -> Results | None:
         if device.type == "cpu":
             build.use_threads(cfg, world)
-        return jobs.test(cfg, world, device, average=options.average)
+        with jobs.session(cfg, world) as stop:
+            return jobs.test(cfg, world, device, stop, average=options.average)
 
     return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR)
 

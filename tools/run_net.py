@@ -16,14 +16,13 @@ from octvideo import build, command, jobs, launch
 from octvideo.config import ConfigError
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World
-from octvideo.engine.stop import Stopped
 from octvideo.launch import Job, Request
 
 
 @command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 128 + N saved and
-    stopped by signal N (SIGTERM, SIGUSR1, SIGUSR2)."""
+    """Returns the exit status: 0 done, 1 the run failed, 2 the request was wrong, 128 + N saved and stopped by signal
+    N (SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--cfg", required=True, metavar="CONFIG", help="YAML file, e.g. configs/motion/oct_i3d_tiny.yaml"
@@ -33,30 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--go-on", action="store_true", help=help_on)
     launch.add_arguments(parser)
     options = parser.parse_args(arguments)
-    try:
-        request = Request.of(options)
-        cfgs = build.load_sweep(options.cfg, options.overrides, request.lines())
-        if request.elsewhere:
-            return launch.start(request, __file__, [_job(cfg, request) for cfg in cfgs])
-        cfg = cfgs[0]
-        if options.go_on and checkpoint.found(Path(cfg.OUTPUT_DIR)):
-            cfg = build.load_config(options.cfg, [*options.overrides, "TRAIN.RESUME", "auto"])
+    request = Request.of(options)
+    cfgs = build.load_sweep(options.cfg, options.overrides, request.lines())
+    if request.elsewhere:
+        return launch.start(request, __file__, [_job(cfg, request) for cfg in cfgs])
+    cfg = cfgs[0]
+    if options.go_on and checkpoint.found(Path(cfg.OUTPUT_DIR)):
+        cfg = build.load_config(options.cfg, [*options.overrides, "TRAIN.RESUME", "auto"])
 
-        def job(world: World, device: torch.device) -> None:
-            if device.type == "cpu":
-                build.use_threads(cfg, world)
+    def job(world: World, device: torch.device) -> None:
+        if device.type == "cpu":
+            build.use_threads(cfg, world)
+        with jobs.session(cfg, world) as stop:
             if cfg.TRAIN.ENABLE:
-                jobs.train(cfg, world, device)
+                jobs.train(cfg, world, device, stop)
             if cfg.TEST.ENABLE:
-                jobs.test(cfg, world, device)
+                jobs.test(cfg, world, device, stop)
 
-        launch.run(job, cfg.DEVICE)
-    except Stopped as stop:
-        print(f"{stop}; saved there, TRAIN.RESUME auto goes on", file=sys.stderr)
-        return 128 + stop.signal_number
-    except KeyboardInterrupt:
-        print("interrupted; TRAIN.RESUME auto goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    launch.run(job, cfg.DEVICE)
     return 0
 
 

@@ -48,21 +48,26 @@ class TrainBatches:
         self.world_size = world_size
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch of the next iteration; `start_step` > 0 goes on in the middle of it."""
+    def set_epoch(self, epoch: int, start_clip: int = 0) -> None:
+        """Choose the epoch of the next iteration, and how many entries of its permutation were used already.
+
+        Those may have been taken in batches of another size. Raises ValueError for a number outside the epoch.
+        """
+        if not 0 <= start_clip <= self.num_videos:
+            raise ValueError(f"start_clip is {start_clip}; allowed: 0 to {self.num_videos}, the number of videos")
         self.epoch = epoch
-        self.start_step = start_step
+        self.start_clip = start_clip
 
     def __len__(self) -> int:
         """Steps left in this epoch."""
-        return max(self.num_videos // self.global_batch - self.start_step, 0)
+        return (self.num_videos - self.start_clip) // self.global_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = seeded_generator("order", self.seed, self.epoch)
         order = torch.randperm(self.num_videos, generator=generator)
         share = self.global_batch // self.world_size
-        for step in range(self.start_step, self.start_step + len(self)):
-            first = step * self.global_batch + self.rank * share
+        for step in range(len(self)):
+            first = self.start_clip + step * self.global_batch + self.rank * share
             yield [(self.epoch, index) for index in order[first : first + share].tolist()]
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from octvideo.errors import RunError
 from octvideo.files import first_line, remove_unfinished, write_atomic
 
-FORMAT = 2  # 2: holds the place within an epoch
+FORMAT = 3  # 2: position within an epoch, in steps; 3: in clips, and digests of the lists
+READABLE = (2, 3)
 _NAME = re.compile(r"checkpoint_(\d{8})\.pt")
 
 
@@ -22,15 +23,33 @@ class CheckpointError(RunError, RuntimeError):
     """A checkpoint that cannot be written, read or used; the message says which and what to do."""
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of `step`."""
+    return folder / f"checkpoint_{step:08d}.pt"
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` as the checkpoint of `step` and remove all but the newest `keep`."""
+    """Write `state` as the checkpoint of `step`; then remove all earlier ones but the newest `keep` - 1.
+
+    Only complete files count as kept, and neither corrupt ones nor those of later steps are removed here.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"checkpoint_{step:08d}.pt"
+    path = path_of(folder, step)
     write_atomic(path, lambda file: torch.save({"format": FORMAT, "step": step, **state}, file))
-    for old in found(folder)[:-keep]:
+    earlier = [old for old in found(folder) if step_of(old) < step and zipfile.is_zipfile(old)]
+    for old in earlier[: len(earlier) - (keep - 1)]:
         old.unlink(missing_ok=True)
     remove_unfinished(folder)
     return path
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of steps after `step`, which a run that resumes there did not use; return their new names."""
+    moved = []
+    for path in found(folder):
+        if step_of(path) > step:
+            moved.append(path.rename(path.with_name(f"{path.name}.corrupt")))
+    return moved
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], **notes: Any) -> None:
@@ -65,8 +84,8 @@ def load(path: Path) -> dict[str, Any]:
         if type(error).__module__ not in ("_pickle", "pickle"):
             raise
         raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values ({first_line(error)})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of octvideo (format {FORMAT})")
+    if not isinstance(state, dict) or state.get("format") not in READABLE or "model" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of octvideo (formats {', '.join(map(str, READABLE))})")
     return state
 
 

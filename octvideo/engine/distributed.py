@@ -272,6 +272,11 @@ class HostMax:
     def __init__(self) -> None:
         self._posted: tuple[np.ndarray, dist.Work] | None = None
 
+    @property
+    def alone(self) -> bool:
+        """True if there is one process only."""
+        return _host_group is None
+
     def __call__(self, value: int) -> int:
         if _host_group is None:
             return value

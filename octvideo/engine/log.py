@@ -1,4 +1,4 @@
-"""What a run says: one JSON line per event, the same numbers to TensorBoard, lines and a live bar for a person."""
+"""The record of a run: metrics.jsonl, a JSON line per event; TensorBoard; log.txt; printed lines and a live bar."""
 
 from __future__ import annotations
 
@@ -6,103 +6,175 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from octvideo.errors import RunError
-from octvideo.files import write_atomic
+from octvideo import streams
+from octvideo.files import WriteError, append, write_atomic, write_error
 
-
-class LogError(RunError, RuntimeError):
-    """The history of a run cannot be written (disk full, no permission)."""
+_LAST = sys.maxsize  # the step of a line that is no event
 
 
 class Log:
-    """metrics.jsonl and TensorBoard in `folder`; writes on the main rank only.
+    """metrics.jsonl, log.txt and TensorBoard in `folder`; writes on the main rank only.
 
-    step: the step that training goes on from (0: a start); events of later steps, left by a run that died, are taken
-    out, so that the history has each step once. None adds to the history as it is. in_epoch: that step is within an
-    epoch, or its last one, so what was said at the epoch's end will be said again.
+    step: the step that training resumes from (0: a start). Events of later steps, which a killed run left, are removed, so
+    that the history has each event once, and so are events of the kinds `again` at this step, which will be repeated.
+    None adds to the history without a change to it.
     """
 
-    def __init__(self, folder: Path, *, main: bool, step: int | None = None, in_epoch: bool = False) -> None:
+    def __init__(self, folder: Path, *, main: bool, step: int | None = None, again: Collection[str] = ()) -> None:
         self.main = main
-        self.path = folder / "metrics.jsonl"
+        self.path, self.text = folder / "metrics.jsonl", folder / "log.txt"
         self.board: SummaryWriter | None = None
-        if main:
-            with self._written():
-                folder.mkdir(parents=True, exist_ok=True)
-                if step is None:
-                    self._end_line()
-                else:
-                    self._forget_after(step, in_epoch)
-                purge_step = None if step is None else step + 1
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-
-    def _end_line(self) -> None:
-        """A line that a kill cut off must not swallow the next one."""
-        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-            with self.path.open("a") as file:
-                file.write("\n")
-
-    def _forget_after(self, step: int, in_epoch: bool) -> None:
-        if not self.path.exists():
+        self._pending: list[dict[str, Any]] = []
+        self._unwritten = ""
+        self._complained: set[str] = set()
+        if not main:
             return
-        lines = self.path.read_text().splitlines(keepends=True)
-        again = ("epoch", "val") if in_epoch else ()
-        places = [(line, *_place_of(line)) for line in lines]
-        kept = [line for line, at, kind in places if step and (at < step or (at == step and kind not in again))]
-        write_atomic(self.path, "".join(kept).encode())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            here = self._forget_after(step, again) if step is not None else self._end_line()
+        except OSError as error:
+            raise write_error(self.path, error, "nothing was started") from error
+        with self._board_errors():
+            _rename_later_files(folder / "tensorboard")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            for record in here:  # TensorBoard forgets step `step` as a whole
+                self._to_board(record)
+
+    def _end_line(self) -> list[dict[str, Any]]:
+        """End a line that a kill cut off, so that it does not swallow the next one."""
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            append(self.path, "\n")
+        return []
+
+    def _forget_after(self, step: int, again: Collection[str]) -> list[dict[str, Any]]:
+        """Remove events that will be repeated; return those of `step` that stay."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        events = [_event_of(line) for line in lines]
+        kept = [
+            (line, event)
+            for line, event in zip(lines, events, strict=True)
+            if step and (event["step"] < step or (event["step"] == step and event["event"] not in again))
+        ]
+        write_atomic(self.path, b"".join(line for line, _ in kept))
+        unread = sum(event["step"] == _LAST for event in events[:-1])
+        if unread:
+            self.say(f"{self.path}: {unread} line(s) that are not events were removed")
+        return [event for _, event in kept if event["step"] == step]
 
     def event(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line {"event": kind, "step": step, "time": seconds since 1970, ...values}."""
-        if not self.main or self.board is None:
-            return
-        record = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-        with self._written():
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
+        """Write one line {"event": kind, "step": step, "time": seconds since 1970, ...values}, after the noted ones.
 
-    def step_line(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of a training event as a line, where no live bar shows them (a file, a cluster's log)."""
+        A line that cannot be written (disk full) is kept and written with a later one; `flush` insists.
+        """
+        self.note(kind, step, values)
+        self._write_noted()
+
+    def note(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Keep an event until the next `event` or `flush`, which writes all that were noted in the order of their steps.
+
+        Ranks and the device report some events of past steps late; their order must not depend on when they do.
+        """
+        if self.main:
+            self._pending.append({"event": kind, "step": step, "time": round(time.time(), 3), **values})
+
+    def _write_noted(self) -> None:
+        records, self._pending = sorted(self._pending, key=lambda record: record["step"]), []
+        self._unwritten += "".join(json.dumps(record) + "\n" for record in records)
+        for record in records:
+            self._to_board(record)
+        with contextlib.suppress(WriteError):
+            try:
+                self._append()
+            except WriteError as error:
+                self._complain("metrics", f"{error}; its new lines are kept in memory until it can be written")
+                raise
+
+    def _append(self) -> None:
+        if self._unwritten:
+            append(self.path, self._unwritten)
+            self._unwritten = ""
+
+    def _to_board(self, record: dict[str, Any]) -> None:
+        if self.board is None:
+            return
+        when = record["time"] if isinstance(record["time"], float) else None
+        with self._board_errors():
+            for name, value in record.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and name not in ("step", "time"):
+                    self.board.add_scalar(f"{record['event']}/{name}", value, record["step"], when)
+
+    def step_line(self, step: int, values: dict[str, Any]) -> None:
+        """Print the numbers of a training event where no live bar shows them (a file, a cluster's log)."""
         if not has_terminal():
             self.say(
-                f"step {step}, epoch {values['epoch']:.2f}: loss {values['loss']:.4f}, top-1 {values['top1']:.1f} %, "
-                f"lr {values['lr']:.4g}, {values['step_s']:.3f} s/step, {values['clips_per_s']:.1f} clips/s, "
+                f"step {step}, epoch {values['epoch']:.2f}: {losses(values, 4)}, lr {values['lr']:.4g}, "
+                f"{values['step_s']:.3f} s/step, {values['clips_per_s']:.1f} clips/s, "
                 f"data wait {100 * values['data_wait']:.0f} %, {values['memory_gb']:.2f} GB"
             )
 
     def say(self, line: str) -> None:
-        """A line for the person, above a live bar if there is one."""
-        if self.main:
+        """Print a line, above a live bar if there is one, and add it to log.txt."""
+        if not self.main:
+            return
+        self._to_text(line)
+        try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+        except (OSError, ValueError) as error:  # of a program that does not guard its streams
+            streams.lost.setdefault("standard output", str(error))
+        for name, why in streams.lost.items():
+            if name not in self._complained:
+                self._complained.add(name)
+                self._to_text(f"{name} cannot be written any more ({why}); the run continues, its lines are here")
+
+    def _to_text(self, line: str) -> None:
+        with contextlib.suppress(WriteError):  # metrics.jsonl is the record, and its error is the message
+            append(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def _complain(self, what: str, line: str) -> None:
+        if what not in self._complained:
+            self._complained.add(what)
+            self.say(f"warning: {line}")
 
     def flush(self) -> None:
-        """Put what TensorBoard holds back on the disk; metrics.jsonl is there already."""
+        """Write everything that is kept, as a checkpoint requires: a resumed run does not repeat it. Raises WriteError."""
+        if self.main:
+            self._write_noted()
+            self._append()
         if self.board is not None:
-            self.board.flush()
+            with self._board_errors():
+                self.board.flush()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Close; after another error, that one is the message."""
+        with contextlib.suppress(WriteError) if error else contextlib.nullcontext():
+            self.close()
 
     def close(self) -> None:
+        self.flush()
         if self.board is not None:
-            with self._written():
+            with self._board_errors():
                 self.board.close()
 
     @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
+    def _board_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise LogError(
-                f"{self.path.parent}: the run's history cannot be written ({error}); checkpoints are not harmed"
-            ) from error
+            self.board = None
+            self._complain("board", f"TensorBoard is not written any more ({error}); {self.path} has all numbers")
 
 
 def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -148,10 +220,34 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _place_of(line: str) -> tuple[int, str]:
-    """Step and kind of a line of metrics.jsonl; a line cut off by a kill sorts behind everything, so it is dropped."""
-    try:
-        record = json.loads(line)
-        return int(record["step"]), str(record["event"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize, ""
+def losses(values: dict[str, Any], digits: int) -> str:
+    """Return the loss and accuracy of a training event as text; they are None if every step was skipped."""
+    if values["loss"] is None:
+        return "every step skipped"
+    return f"loss {values['loss']:.{digits}f}, top-1 {values['top1']:.1f} %"
+
+
+def _event_of(line: bytes) -> dict[str, Any]:
+    """Return the event of a line of metrics.jsonl; a line that is none, such as one that a kill cut off, has step _LAST."""
+    with contextlib.suppress(ValueError, RecursionError):
+        event = json.loads(line)
+        if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
+            return {"time": None, **event}
+    return {"event": "", "step": _LAST}
+
+
+def _rename_later_files(folder: Path) -> None:
+    """Let all event files of earlier starts come before a new one in the order of their names, in which TensorBoard reads.
+
+    A name begins with the second of its start. A second start within that second, or after the clock was set back, would
+    otherwise be read first.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    now = int(time.time())
+    stamps = [path.name.split(".")[3] for path in files]
+    if all(stamp.isdecimal() and int(stamp) < now for stamp in stamps):
+        return
+    for number, path in enumerate(files):
+        name = path.name.split(".")
+        name[3] = f"{now - len(files) + number:010d}"
+        path.rename(path.with_name(".".join(name)))

@@ -25,7 +25,7 @@ class Meter:
     def begin_epoch(self) -> None:
         self.loss, self.correct = Mean(), Mean()
         self.interval_loss, self.interval_correct = Mean(), Mean()
-        self.grad_norm = 0.0
+        self.grad_norm: float | None = None
 
     def start_clock(self) -> None:
         """Start the times. They are of this process: those of an earlier one are not known."""
@@ -45,12 +45,14 @@ class Meter:
     }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of this rank."""
-        return {name: getattr(self, attribute).state_dict() for name, attribute in self._SUMS.items()}
+        """Return the sums of this rank, and the gradient norm of the last step that was taken."""
+        sums = {name: getattr(self, attribute).state_dict() for name, attribute in self._SUMS.items()}
+        return {**sums, "grad_norm": self.grad_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, attribute in self._SUMS.items():
             getattr(self, attribute).load_state_dict(state[name])
+        self.grad_norm = state.get("grad_norm")
 
     def timed(self, loader: Any, steps: int) -> Any:
         """Yield the first `steps` batches of the loader; the time spent waiting for them adds up in `wait`."""
@@ -70,30 +72,32 @@ class Meter:
             losses.add(loss * clips, clips)
             right.add(correct, clips)
 
-    def since_last(self) -> dict[str, float]:
-        """Return numbers over all ranks since the last call."""
+    def since_last(self) -> dict[str, Any]:
+        """Return numbers over all ranks since the last call; loss, top1 and grad_norm are None if no step was taken."""
         now, clips = time.perf_counter(), self.interval_loss.count - self.interval_before
         seconds, waited = now - self.interval_started, self.wait - self.interval_waited
         values = self._numbers(self.interval_loss, self.interval_correct, clips, seconds, waited)
         step_s = seconds / max(1, self.steps - self.interval_steps)
+        grad_norm, self.grad_norm = self.grad_norm, None
         self.interval_loss, self.interval_correct = Mean(), Mean()
         self.interval_started, self.interval_waited, self.interval_before = now, self.wait, 0
         self.interval_steps = self.steps
-        self.shown = f"loss {self.loss.value():.3f}, top-1 {100 * self.correct.value():.1f} %, "
-        return {**values, "step_s": step_s, "memory_gb": peak_memory_gb(self.device), "grad_norm": self.grad_norm}
+        if self.loss.count:
+            self.shown = f"loss {self.loss.value():.3f}, top-1 {100 * self.correct.value():.1f} %, "
+        return {**values, "step_s": step_s, "memory_gb": peak_memory_gb(self.device), "grad_norm": grad_norm}
 
-    def epoch(self) -> dict[str, float]:
-        """Return numbers over all ranks since the epoch began."""
+    def epoch(self) -> dict[str, Any]:
+        """Return numbers over all ranks since the epoch began; loss and top1 are None if no step was taken."""
         seconds = time.perf_counter() - self.started
         return self._numbers(self.loss, self.correct, self.loss.count - self.before, seconds, self.wait)
 
-    def _numbers(self, loss: Mean, correct: Mean, clips: int, seconds: float, wait: float) -> dict[str, float]:
+    def _numbers(self, loss: Mean, correct: Mean, clips: int, seconds: float, wait: float) -> dict[str, Any]:
         """clips: those of this process, in these seconds."""
         sums = all_reduce(torch.stack([loss.pair(self.device), correct.pair(self.device)])).tolist()
-        count = max(sums[0][1], 1.0)  # 0 where every step was skipped
+        (loss_sum, count), (right, _) = sums
         return {
-            "loss": sums[0][0] / count,
-            "top1": 100.0 * sums[1][0] / count,
+            "loss": loss_sum / count if count else None,
+            "top1": 100.0 * right / count if count else None,
             "clips_per_s": clips * self.world.size / seconds,
             "data_wait": wait / seconds,
         }

@@ -63,6 +63,14 @@ class NonFinite:
         self.allowed, self.folder, self.path_of, self.log = allowed, folder, path_of, log
         self.skipped = 0
 
+    def resume(self, step: int, skipped: int) -> None:
+        """Continue after `step`, with `skipped` steps so far; remove the reports of later steps, which will be repeated."""
+        self.skipped = skipped
+        if self.log.main:
+            for file in self.folder.glob("nonfinite_*.json"):
+                if (number := file.stem.removeprefix("nonfinite_")).isdecimal() and int(number) > step:
+                    file.unlink(missing_ok=True)
+
     def report(self, step: int, *, lr: float, loss: float, grad_norm: float, videos: list[int], scale: float) -> None:
         """Called by all ranks for the same skipped step. Raises NonFiniteError on all of them for one step too many.
 
@@ -72,7 +80,7 @@ class NonFinite:
         parts = gather_objects((loss, [self.path_of(video) for video in videos]))
         losses, paths = [loss for loss, _ in parts], [path for _, part in parts for path in part]
         if scale > 1 and all(map(math.isfinite, losses)):
-            self.log.event("overflow", step, {"scale": scale})
+            self.log.note("overflow", step, {"scale": scale})
             return
         self.skipped += 1
         numbers = {"loss": _plain(losses), "grad_norm": _plain([grad_norm])[0]}
@@ -84,7 +92,7 @@ class NonFinite:
             f"step {step} was skipped: loss {losses}, gradient norm {grad_norm:g}, learning rate {lr:.4g}; see {file}"
         )
         self.log.say(report)
-        self.log.event("nonfinite", step, {"lr": lr, "scale": scale, "skipped": self.skipped})
+        self.log.note("nonfinite", step, {"lr": lr, "scale": scale, "skipped": self.skipped})
         if self.skipped > self.allowed:
             raise NonFiniteError(
                 f"{report}\n{self.skipped} step(s) of this run were not finite, and TRAIN.MAX_NONFINITE allows "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -102,19 +102,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def warmup_cosine(epoch: float, *, epochs: int, base_lr: float, warmup_epochs: float, warmup_lr: float) -> float:
-    """Half a cosine from base_lr to 0 over `epochs`; before `warmup_epochs` a line from warmup_lr to its value there.
+def load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the momenta of a checkpoint. Weight decay, momentum and all other settings stay those of the optimizer."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
-    epoch: progress, with fractions, so the rate changes at every step. Source: PySlowFast's Kinetics recipe; base 0.1,
-    196 epochs, 34 of warm-up from 0.01 give 0.01, 0.0514, 0.0928, 0.05 at epochs 0, 17, 34, 98.
-    """
 
-    def cosine(e: float) -> float:
-        return base_lr * 0.5 * (1.0 + math.cos(math.pi * e / epochs))
-
-    if epoch >= warmup_epochs:
-        return cosine(epoch)
-    return warmup_lr + (cosine(warmup_epochs) - warmup_lr) * epoch / warmup_epochs
+def cosine(epoch: float, *, epochs: int, base_lr: float) -> float:
+    """Half a cosine from base_lr to 0 over `epochs`. epoch: progress, with fractions, so the rate changes at every step."""
+    return base_lr * 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
 
 
 def steps(epoch: float, *, base_lr: float, milestones: Sequence[float], factor: float = 0.1) -> float:
@@ -123,6 +121,17 @@ def steps(epoch: float, *, base_lr: float, milestones: Sequence[float], factor: 
     A milestone that is a number of steps, and so a fraction of an epoch, is met at that step despite rounding.
     """
     return base_lr * factor ** sum(epoch >= milestone - 1e-9 for milestone in milestones)
+
+
+def warmed_up(epoch: float, *, schedule: Callable[[float], float], warmup_epochs: float, warmup_lr: float) -> float:
+    """Return the schedule's rate; before `warmup_epochs` a line from warmup_lr to the schedule's rate there.
+
+    Source: PySlowFast's Kinetics recipes; cosine from 0.1, 196 epochs, 34 of warm-up from 0.01 give 0.01, 0.0514, 0.0928,
+    0.05 at epochs 0, 17, 34, 98.
+    """
+    if epoch >= warmup_epochs:
+        return schedule(epoch)
+    return warmup_lr + (schedule(warmup_epochs) - warmup_lr) * epoch / warmup_epochs
 
 
 def milestones_of(iterations: Sequence[float], steps_per_epoch: int) -> tuple[float, ...]:

@@ -49,7 +49,8 @@ class ClipBatch(Protocol):
 
 
 class EpochLoader(Protocol):
-    """A loader of ClipBatch. Its batch sampler takes the epoch and the step to begin at; its length is the steps left."""
+    """A loader of ClipBatch. Its batch sampler takes the epoch and the number of clips of it that were used (set_epoch);
+    its length is the steps left, and global_batch the clips of a step."""
 
     batch_sampler: Any
 
@@ -58,11 +59,45 @@ class EpochLoader(Protocol):
 
 @dataclass
 class Progress:
-    """Completed epochs, completed steps, and completed steps within the current epoch."""
+    """Completed epochs, completed steps, and clips of the current epoch that completed steps have used.
+
+    Clips of all ranks are counted, not steps: the batch size may change within an epoch.
+    """
 
     epoch: int = 0
     step: int = 0
-    step_in_epoch: int = 0
+    clips_in_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The steps that this process takes of an epoch: `steps` of `batch` clips each, after `start` clips.
+
+    total: clips of the complete epoch; an incomplete last batch is left out.
+    """
+
+    start: int
+    batch: int
+    steps: int
+    total: int
+
+    @property
+    def end(self) -> int:
+        """Return the clips used when the steps are completed."""
+        return self.start + self.steps * self.batch
+
+    def progress(self, clips: int) -> float:
+        """Return the share of the epoch that `clips` are."""
+        return clips / self.total if self.total else 1.0
+
+
+def plan_epoch(batches: Any, progress: Progress, epochs: float) -> EpochPlan:
+    """Choose the current epoch and position in the batch sampler; return the steps to take until `epochs` or its end."""
+    batches.set_epoch(progress.epoch, progress.clips_in_epoch)
+    batch, start, left = batches.global_batch, progress.clips_in_epoch, len(batches)
+    total = start + left * batch
+    end = round((epochs - progress.epoch) * (total / batch)) * batch  # of a last epoch that is not complete
+    return EpochPlan(start, batch, max(0, min(left, math.ceil((end - start) / batch))), total)
 
 
 @dataclass(frozen=True)
@@ -189,13 +224,11 @@ def fit(
     there are too many failures or skipped steps. Raises TrainingError for a clip that could not be replaced.
     """
     statistics = RunningStatistics(model)
-    first = progress.epoch + progress.step_in_epoch / max(1, _steps(loader, progress.epoch, 0))
-    started = time.perf_counter()
+    started, first = time.perf_counter(), None
     for epoch in range(progress.epoch, math.ceil(epochs)):
-        steps = _steps(loader, epoch, 0)
-        last_step = min(steps, round((epochs - epoch) * steps))
-        loader.batch_sampler.set_epoch(epoch, progress.step_in_epoch)
-        if not progress.step_in_epoch:
+        plan = plan_epoch(loader.batch_sampler, progress, epochs)
+        first = epoch + plan.progress(plan.start) if first is None else first
+        if not plan.start:
             failures.begin_epoch()
             meter.begin_epoch()
         meter.start_clock()
@@ -203,35 +236,38 @@ def fit(
         if freeze_norm_stats:
             for norm in (module for module in model.modules() if isinstance(module, _BatchNorm)):
                 norm.eval()
-        with bar(last_step, f"epoch {epoch + 1}/{math.ceil(epochs)}", unit="step", main=world.main) as shown:
-            shown.update(progress.step_in_epoch)
-            batches = _intact(meter.timed(loader, last_step - progress.step_in_epoch))
-            for batch, clips, labels in on_device(batches, device):
-                failures.add(batch.replaced, progress.step)
-                lr = lr_at(epoch + progress.step_in_epoch / steps)
+        title = f"epoch {epoch + 1}/{math.ceil(epochs)}"
+        with bar(plan.end // plan.batch, title, unit="step", main=world.main) as shown:
+            shown.update(plan.start // plan.batch)
+            for batch, clips, labels in on_device(_intact(meter.timed(loader, plan.steps)), device):
+                failures.add(batch.replaced, progress.step + 1)
+                lr = lr_at(epoch + plan.progress(progress.clips_in_epoch))
                 clips, targets = mix(prepare(clips.flatten(0, 1)), labels, progress.step)
                 scale = precision.scale(device)
                 step = train_step(model, optimizer, clips, targets, lr, loss, precision, statistics)
                 progress.step += 1
-                progress.step_in_epoch += 1
-                done = epoch + progress.step_in_epoch / steps
+                progress.clips_in_epoch += plan.batch
+                done = epoch + plan.progress(progress.clips_in_epoch)
                 correct = topk_correct(step.logits, labels, 1).sum()
                 unread.add(UnreadStep(progress.step, lr, batch.videos, step.loss, correct, step.grad_norm, scale))
-                if progress.step % log_period == 0 or progress.step_in_epoch == last_step:
+                ends = progress.clips_in_epoch == plan.end
+                if ends or progress.step % log_period == 0:
                     unread.read()
                     failures.share(progress.step)
                     values = {"epoch": done, "lr": lr, **meter.since_last()}
                     log.event("train", progress.step, values if scale is None else {**values, "scale": float(scale)})
-                    log.step_line(progress.step, values)
+                    if not ends:  # then the epoch's line follows
+                        log.step_line(progress.step, values)
                 eta = (time.perf_counter() - started) / (done - first) * (epochs - done)
-                shown.set_postfix_str(f"{meter.line()}, whole run {duration(eta)} left", refresh=False)
+                shown.set_postfix_str(f"{meter.line()}, {duration(eta)} left of the run", refresh=False)
                 shown.update()
                 after_step()
-        progress.epoch, progress.step_in_epoch = epoch + 1, 0
+        progress.epoch, progress.clips_in_epoch = epoch + 1, 0
         try:
-            after_epoch({"lr": lr_at(epoch), **meter.epoch()})
+            last_lr = lr_at(epoch + plan.progress(max(plan.end - plan.batch, 0)))
+            after_epoch({"lr": last_lr, **meter.epoch()})
         except Stopped:
-            progress.epoch, progress.step_in_epoch = epoch, last_step
+            progress.epoch, progress.clips_in_epoch = epoch, plan.end
             raise
 
 
@@ -241,9 +277,3 @@ def _intact(batches: Iterable[Any]) -> Iterator[Any]:
         if batch.errors:
             raise TrainingError(batch.errors[0])
         yield batch
-
-
-def _steps(loader: EpochLoader, epoch: int, start_step: int) -> int:
-    """Return the number of steps of an epoch from start_step on."""
-    loader.batch_sampler.set_epoch(epoch, start_step)
-    return len(loader.batch_sampler)

@@ -57,13 +57,34 @@ def test_an_epoch_resumes_in_the_middle() -> None:
     batches = TrainBatches(30, global_batch=5, seed=0, rank=0, world_size=1)
     batches.set_epoch(3)
     whole = list(batches)
-    batches.set_epoch(3, start_step=4)
+    batches.set_epoch(3, start_clip=20)
     assert len(batches) == 2
     assert list(batches) == whole[4:]
-    batches.set_epoch(3, start_step=6)
+    batches.set_epoch(3, start_clip=30)
     assert (len(batches), list(batches)) == (0, [])
     batches.set_epoch(4)
     assert len(batches) == 6
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 5), (5, 2), (4, 4)])
+def test_an_epoch_continues_at_its_clip_with_another_batch_size_and_process_count(before: int, after: int) -> None:
+    order = [index for _, index in chain(*batches_of(31, global_batch=1, seed=4))]
+    done = 3 * before
+    ranks = []
+    for rank in range(after):
+        batches = TrainBatches(31, global_batch=2 * after, seed=4, rank=rank, world_size=after)
+        batches.set_epoch(0, start_clip=done)
+        ranks.append(list(batches))
+    steps = [[index for _, index in chain(*parts)] for parts in zip(*ranks, strict=True)]
+    assert len(steps) == (31 - done) // (2 * after)
+    assert list(chain(*steps)) == order[done : done + 2 * after * len(steps)]
+
+
+def test_a_position_outside_the_epoch_is_an_error() -> None:
+    batches = TrainBatches(30, global_batch=5, seed=0)
+    for clip in (-1, 31):
+        with pytest.raises(ValueError, match=rf"start_clip is {clip}; allowed: 0 to 30"):
+            batches.set_epoch(0, start_clip=clip)
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
@@ -112,7 +133,7 @@ def two_epochs(videos: VideoList, num_workers: int) -> list[Batch]:
     batches = TrainBatches(len(videos), global_batch=2, seed=0)
     loader = Loader(train_dataset(videos), batches, path_of=videos.path, num_workers=num_workers)
     found = list(loader)
-    batches.set_epoch(1, start_step=1)
+    batches.set_epoch(1, start_clip=2)
     assert len(loader) == 2
     return found + list(loader)
 

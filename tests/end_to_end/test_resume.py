@@ -33,7 +33,7 @@ def kill_and_go_on(data: Path, out: Path, processes: int, seed: int, kills: int)
         at = draw.randrange(2, STEPS - 4) if kill == 0 else run.steps() + draw.randrange(0, 8)
         run.signalled(signal.SIGKILL, min(at, STEPS - 2), draw.uniform(0, 0.05))
     said = run.finish()
-    assert "going on after epoch" in said
+    assert "resuming " in said
 
 
 def test_killed_twice_in_mid_epoch(data: Path, unharmed: Path, tmp_path: Path) -> None:
@@ -69,11 +69,11 @@ def test_a_signal_saves_and_stops_within_seconds(data: Path, unharmed: Path, tmp
     run = Run(data, tmp_path / "run", 1, "TRAIN.CHECKPOINT_STEPS", "0")
     status, said, seconds = run.signalled(number, at=6)
     assert status == 128 + number, said
-    assert f"stopped by {signal.Signals(number).name} at step" in said and "TRAIN.RESUME auto goes on" in said
+    assert f"stopped by {signal.Signals(number).name} at step" in said and "TRAIN.RESUME auto resumes there" in said
     assert seconds < 10
     state = checkpoint.latest(tmp_path / "run")[1]
-    assert state["step"] >= 6 and state["step"] == 4 * state["epoch"] + state["step_in_epoch"]
-    assert Run(data, tmp_path / "run").finish().count("going on after epoch") == 1
+    assert state["step"] >= 6 and 4 * state["step"] == 16 * state["epoch"] + state["clips_in_epoch"]
+    assert Run(data, tmp_path / "run").finish().count("resuming ") == 1
     check_same(unharmed, tmp_path / "run")
 
 
@@ -81,5 +81,5 @@ def test_another_number_of_processes_goes_on_and_says_what_changes(data: Path, t
     run = Run(data, tmp_path / "run")
     run.signalled(signal.SIGKILL, at=12)
     said = Run(data, tmp_path / "run", 2).finish()
-    assert "the checkpoint is of 1 process(es), this run has 2: clips, order and learning rate stay the same" in said
+    assert "1 process(es) (here 2); clips, their order and the learning rate stay the same" in said
     assert checkpoint.latest(tmp_path / "run")[1]["step"] == STEPS

@@ -19,7 +19,7 @@ def state(value: float = 1.0) -> dict:
 
 
 def test_round_trip_and_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (5, 10, 100, 20):
+    for step in (5, 10, 20, 100):
         checkpoint.save(tmp_path, step, state(step), keep=2)
     assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint_00000020.pt", "checkpoint_00000100.pt"]
     path, loaded = checkpoint.latest(tmp_path)
@@ -93,6 +93,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_00000001.pt"]
     assert checkpoint.latest(tmp_path)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_new_checkpoint_is_never_removed_and_corrupt_ones_do_not_count(tmp_path: Path, keep: int) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, state(step), keep=3)
+    for step in (2, 9, 10, 11):
+        checkpoint.path_of(tmp_path, step).write_bytes(b"corrupt")
+    checkpoint.save(tmp_path, 8, state(8), keep=keep)
+    left = [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)]
+    assert left == [*{1: [2], 2: [2, 3], 3: [1, 2, 3]}[keep], 8, 9, 10, 11]
+    with pytest.warns(UserWarning):
+        assert checkpoint.latest(tmp_path)[1]["step"] == 8
+    moved = checkpoint.set_aside(tmp_path, 8)
+    assert [path.name for path in moved] == [f"checkpoint_{step:08d}.pt.corrupt" for step in (9, 10, 11)]
+    checkpoint.save(tmp_path, 9, state(9), keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [2, 9]
 
 
 class Net(nn.Module):

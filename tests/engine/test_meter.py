@@ -25,7 +25,9 @@ def test_means_are_over_clips() -> None:
 
 def test_an_interval_without_a_step_that_was_taken() -> None:
     numbers = Meter(CPU, World()).since_last()
-    assert (numbers["loss"], numbers["top1"], numbers["clips_per_s"]) == (0.0, 0.0, 0.0)
+    assert (numbers["loss"], numbers["top1"], numbers["grad_norm"], numbers["clips_per_s"]) == (None, None, None, 0.0)
+    numbers = Meter(CPU, World()).epoch()
+    assert (numbers["loss"], numbers["top1"]) == (None, None)
 
 
 def test_the_bar_shows_what_the_log_read() -> None:
@@ -42,6 +44,8 @@ def test_its_sums_resume_by_the_names_of_earlier_checkpoints() -> None:
     meter.since_last()
     add(meter, 1.0, 4, 4)
     state = meter.state_dict()
-    assert state.keys() == {"loss", "correct", "part_loss", "part_correct"}
+    assert state.keys() == {"loss", "correct", "part_loss", "part_correct", "grad_norm"}
     other.load_state_dict(state)
-    assert other.since_last()["loss"] == 1.0 and other.epoch()["loss"] == 1.5
+    numbers = other.since_last()
+    assert (numbers["loss"], numbers["grad_norm"]) == (1.0, 1.0)
+    assert other.epoch()["loss"] == 1.5

@@ -14,6 +14,7 @@ def test_overflows_of_a_scaler_are_events_and_do_not_count(tmp_path: Path) -> No
     log = Log(tmp_path, main=True, step=0)
     nonfinite = NonFinite(0, tmp_path, str, log)
     nonfinite.report(3, lr=0.1, loss=1.5, grad_norm=math.inf, videos=[1, 2], scale=1024.0)
+    log.flush()
     assert nonfinite.skipped == 0 and not list(tmp_path.glob("nonfinite_*"))
     (event,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (event["event"], event["step"], event["scale"]) == ("overflow", 3, 1024.0)

@@ -1,10 +1,11 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from octvideo.engine.optim import SGD, milestones_of, set_lr, sgd, steps, warmup_cosine
+from octvideo.engine.optim import SGD, cosine, load_momenta, milestones_of, set_lr, sgd, steps, warmed_up
 
 
 @pytest.mark.parametrize(
@@ -13,13 +14,24 @@ from octvideo.engine.optim import SGD, milestones_of, set_lr, sgd, steps, warmup
 )
 def test_the_kinetics_schedule(epoch: float, lr: float) -> None:
     """Values measured on PySlowFast's schedule: base 0.1, 196 epochs, warm-up 34 from 0.01."""
-    got = warmup_cosine(epoch, epochs=196, base_lr=0.1, warmup_epochs=34, warmup_lr=0.01)
+    got = warmed_up(epoch, schedule=partial(cosine, epochs=196, base_lr=0.1), warmup_epochs=34, warmup_lr=0.01)
     assert got == pytest.approx(lr, abs=6e-7)
 
 
 def test_no_warmup_starts_at_the_base_rate_and_the_end_is_zero() -> None:
-    assert warmup_cosine(0, epochs=10, base_lr=0.3, warmup_epochs=0, warmup_lr=0.01) == 0.3
-    assert warmup_cosine(10, epochs=10, base_lr=0.3, warmup_epochs=0, warmup_lr=0.01) == pytest.approx(0, abs=1e-12)
+    schedule = partial(cosine, epochs=10, base_lr=0.3)
+    assert warmed_up(0, schedule=schedule, warmup_epochs=0, warmup_lr=0.01) == 0.3
+    assert warmed_up(10, schedule=schedule, warmup_epochs=0, warmup_lr=0.01) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "epoch,lr", [(0, 0.01), (17, 0.055), (33.9, 0.0997), (34, 0.1), (93, 0.1), (94, 0.01), (200, 1e-4)]
+)
+def test_steps_warm_up_as_in_pyslowfast(epoch: float, lr: float) -> None:
+    """SLOWFAST_8x8's stepwise recipe: 0.1 after 34 epochs from 0.01, a tenth at 94, 154 and 196."""
+    schedule = partial(steps, base_lr=0.1, milestones=(94, 154, 196))
+    got = warmed_up(epoch, schedule=schedule, warmup_epochs=34, warmup_lr=0.01)
+    assert got == pytest.approx(lr, abs=1e-4)
 
 
 @pytest.mark.parametrize("epoch,lr", [(0, 0.01), (43.9, 0.01), (44, 1e-3), (87.9, 1e-3), (88, 1e-4), (118, 1e-4)])
@@ -129,3 +141,20 @@ def test_momentum_of_another_memory_format_is_brought_into_the_weight_s() -> Non
         optimizer.step()
         results.append((weight.detach(), optimizer.state[weight]["momentum_buffer"]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_momenta_are_loaded_and_settings_stay_the_optimizer_s() -> None:
+    draw = torch.Generator().manual_seed(0)
+    net = nn.Linear(3, 2)
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "weight_decay_norm": 0.0}
+    earlier = sgd(net, **settings)
+    for weight in net.parameters():
+        weight.grad = torch.randn(weight.shape, generator=draw)
+    earlier.step()
+    saved = earlier.state_dict()
+    later = sgd(net, **{**settings, "momentum": 0.5, "nesterov": False, "weight_decay": 0.7, "weight_decay_norm": 0.3})
+    load_momenta(later, saved)
+    assert [group["weight_decay"] for group in later.param_groups] == [0.7, 0.3]
+    assert {(group["momentum"], group["nesterov"], group["lr"]) for group in later.param_groups} == {(0.5, False, 0.1)}
+    for weight in net.parameters():
+        assert torch.equal(later.state[weight]["momentum_buffer"], earlier.state[weight]["momentum_buffer"])

@@ -99,8 +99,10 @@ class Steps:
         clips, labels = (x.pin_memory() if pinned else x for x in (clips, labels))
         self.batches, self.batch_sampler = [Batch(clips, labels, torch.arange(4))] * count, self
 
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        assert (epoch, start_step) == (0, 0)
+    global_batch = 4
+
+    def set_epoch(self, epoch: int, start_clip: int = 0) -> None:
+        assert (epoch, start_clip) == (0, 0)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -13,7 +13,8 @@ from octvideo.engine.unread import UnreadStep, UnreadSteps
 
 def test_steps_are_read_together_and_once(tmp_path: Path) -> None:
     meter = Meter(torch.device("cpu"), World())
-    nonfinite = NonFinite(2, tmp_path, "clips/{}.mp4".format, Log(tmp_path, main=True, step=0))
+    log = Log(tmp_path, main=True, step=0)
+    nonfinite = NonFinite(2, tmp_path, "clips/{}.mp4".format, log)
     unread = UnreadSteps(meter, nonfinite)
     for step, norm in enumerate((1.0, math.nan, 2.5, math.inf), start=1):
         loss, correct = torch.tensor(step / 2), torch.tensor(1)
@@ -21,6 +22,7 @@ def test_steps_are_read_together_and_once(tmp_path: Path) -> None:
     assert meter.loss.count == 0 and not (tmp_path / "metrics.jsonl").exists()
     unread.read()
     unread.read()
+    log.flush()
     assert (meter.grad_norm, meter.loss.count, nonfinite.skipped) == (2.5, 4, 2)
     assert (meter.loss.value(), meter.correct.value()) == (1.0, 0.5)  # of steps 1 and 3
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -40,10 +42,12 @@ def test_steps_are_read_together_and_once(tmp_path: Path) -> None:
 
 
 def test_the_scale_of_a_skipped_step_is_read_with_it(tmp_path: Path) -> None:
-    nonfinite = NonFinite(0, tmp_path, str, Log(tmp_path, main=True, step=0))
+    log = Log(tmp_path, main=True, step=0)
+    nonfinite = NonFinite(0, tmp_path, str, log)
     unread = UnreadSteps(Meter(torch.device("cpu"), World()), nonfinite)
     scale, norm = torch.tensor(1024.0), torch.tensor(math.inf)
     unread.add(UnreadStep(7, 0.1, torch.tensor([0]), torch.tensor(1.5), torch.tensor(0), norm, scale))
     unread.read()
+    log.flush()
     (event,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (event["event"], event["step"], event["scale"]) == ("overflow", 7, 1024.0)

@@ -155,7 +155,7 @@ def test_preempted(data: Path, local: Path, tmp_path: Path, capsys: pytest.Captu
     job.finish()
     assert field(job.job, "Restarts") == "1"
     assert "stopped by SIGTERM at step" in job.said() and "; requeued" in job.said()
-    assert job.said().count("going on after epoch") == 1
+    assert job.said().count("resuming ") == 1
     check_same(local, job.run.out)
     check_one_history(job.run.out)
 
@@ -188,7 +188,7 @@ def test_a_node_is_lost(data: Path, local: Path, tmp_path: Path, capsys: pytest.
 
     until(is_back, "the node is back")
     job.finish()
-    assert "going on after epoch" in job.said() and "stopped by" not in job.said()
+    assert "resuming " in job.said() and "stopped by" not in job.said()
     check_same(local, job.run.out)
     check_one_history(job.run.out)
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import hashlib
 import html
 import io
 import json
@@ -145,10 +146,13 @@ def test_what_a_test_leaves(tested: list[tuple[Path, str]], networks: list[Path]
     files = [
         "classes.csv",
         "confusion.csv",
+        "log.txt",
         "metrics.jsonl",
+        "run.lock",
         "scores.npz",
         "tensorboard",
         "test.json",
+        "test_config.yaml",
         "test_failed.txt",
     ]
     assert sorted(path.name for path in folder.iterdir()) == files
@@ -159,6 +163,10 @@ def test_what_a_test_leaves(tested: list[tuple[Path, str]], networks: list[Path]
     assert (report["videos_scored"], report["videos_listed"], report["videos_incomplete"]) == (24, 24, 0)
     assert report["checkpoint"] == str(networks[0]) and report["input"] == [3, 4, 32, 32] and report["failed"] == []
     assert report["model"] == "i3d_tiny" and report["alpha"] == 0.25 and report["policy"] == "strided"
+    assert report["checkpoint_sha256"] == hashlib.sha256(networks[0].read_bytes()).hexdigest()
+    assert report["list"] == str(data / "val.txt") and len(report["list_sha256"]) == 64
+    assert report["torch"] == torch.__version__ and report["tested"].startswith("20") and report["host"]
+    assert f"CHECKPOINT: {networks[0]}" in (folder / "test_config.yaml").read_text()
 
     rows = list(csv.DictReader(io.StringIO((folder / "classes.csv").read_text())))
     assert [row["class"] for row in rows] == list(motion.CLASSES)

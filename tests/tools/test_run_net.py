@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from octvideo import build, jobs
+from octvideo import build
 from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.engine import checkpoint
 from octvideo.engine.metrics import topk_correct
 from octvideo.engine.scores import ViewScores, aggregate
+from octvideo.jobs import training
 from tools import run_net
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def test_what_a_run_leaves(trained: tuple[Path, str]) -> None:
     out, said = trained
     assert [p.name for p in checkpoint.found(out)] == ["checkpoint_00000002.pt", "checkpoint_00000004.pt"]
     assert "learning rate 0.1 at 32 clips -> 0.0125 at 4" in said
-    assert "8 videos in batches of 4 clips" in said and "2 steps an epoch, 4 in all" in said
+    assert "8 videos in batches of 4 clips" in said and "2 steps an epoch, 4 in total" in said
     assert [e["step"] for e in events(out, "epoch")] == [2, 4]
     assert len(events(out, "val")) == 2 and events(out, "val")[0]["videos_listed"] == 5
     assert [e["step"] for e in events(out, "train")] == [2, 4]
@@ -130,7 +131,7 @@ def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
     tmp_path.joinpath("run").mkdir()
     shutil.copy(out / "checkpoint_00000002.pt", tmp_path / "run")
     said = run(arguments(videos, tmp_path / "run", "TRAIN.RESUME", "auto", "TEST.ENABLE", "False"))[0]
-    assert "going on after epoch 1 (step 2)" in said and "left by a run" not in said
+    assert "step 2, after epoch 1\n" in said and "changed since then" not in said
     expected = weights(out)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "run").items())
 
@@ -138,19 +139,22 @@ def test_resumed_after_the_first_epoch_it_ends_with_the_same_bits(
 def test_a_signal_in_a_validation_stops_it_and_it_comes_again(
     videos: Path, trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, out = jobs.evaluate, tmp_path / "run"
+    evaluate, out = training.evaluate, tmp_path / "run"
 
     def signalled(*given, **named):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "evaluate", signalled)
+        patch.setattr(training, "evaluate", signalled)
         said, error = run(arguments(videos, out, "TEST.ENABLE", "False"), status=128 + signal.SIGTERM)
-    assert "stopped by SIGTERM at step 2; saved there" in error and "val top-1" not in said
-    assert not events(out, "val") and checkpoint.latest(out)[1]["step_in_epoch"] == 2
+    assert (
+        f"stopped by SIGTERM at step 2; saved {out}/checkpoint_00000002.pt; TRAIN.RESUME auto" in error
+        and "val top-1" not in said
+    )
+    assert not events(out, "val") and checkpoint.latest(out)[1]["clips_in_epoch"] == 8
     said = run(arguments(videos, out, "TRAIN.RESUME", "auto", "TEST.ENABLE", "False"))[0]
-    assert "going on after epoch 0 and 2 steps of the next (step 2)" in said
+    assert "step 2, after epoch 0 and 8 clips of the next\n" in said
     expected = weights(trained[0])
     assert all(torch.equal(value, expected[name]) for name, value in weights(out).items())
     for kind in ("train", "epoch", "val"):
@@ -173,14 +177,23 @@ def test_precise_statistics_are_those_of_the_training_clips_at_the_weights_of_no
     torch.testing.assert_close(state["stem.bn.running_var"].double(), read.var(1), rtol=1e-4, atol=1e-6)
 
 
-def test_settings_that_change_on_the_way_are_said(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+def test_settings_that_change_are_printed_applied_and_recorded(
+    videos: Path, trained: tuple[Path, str], tmp_path: Path
+) -> None:
     state = checkpoint.load(trained[0] / "checkpoint_00000002.pt")
     state["versions"]["torch"] = "1.0"
     torch.save(state, tmp_path / "checkpoint_00000002.pt")
-    changed = ["TRAIN.RESUME", "auto", "TEST.ENABLE", "False", "SOLVER.BASE_LR", "0.05", "OCTAVE.ALPHA", "0.5"]
+    changed = ["TRAIN.RESUME", "auto", "TEST.ENABLE", "False", "SOLVER.BASE_LR", "0.05", "SOLVER.WEIGHT_DECAY", "0.9"]
     said = run(arguments(videos, tmp_path, *changed))[0]
-    expected = f"OCTAVE.ALPHA 0.25 (here 0.5); SOLVER.BASE_LR 0.1 (here 0.05); torch '1.0' (here {torch.__version__})"
-    assert f"checkpoint_00000002.pt was left by a run with {expected}\n" in said
+    expected = ["SOLVER.BASE_LR 0.1 (here 0.05)", "SOLVER.WEIGHT_DECAY 0.0001 (here 0.9)"]
+    expected.append(f"torch '1.0' (here {torch.__version__})")
+    assert [line for line in said.splitlines() if "changed since then" in line] == [
+        f"  changed since then, and used from now on: {line}" for line in expected
+    ]
+    (event,) = events(tmp_path, "run")
+    assert (event["step"], event["changed"], event["config"]["SOLVER"]["WEIGHT_DECAY"]) == (2, expected, 0.9)
+    groups = checkpoint.latest(tmp_path)[1]["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.9, 0.0]
 
 
 def test_going_back_in_a_folder_with_later_checkpoints_is_refused(videos: Path, trained: tuple[Path, str]) -> None:
@@ -193,14 +206,14 @@ def test_going_back_in_a_folder_with_later_checkpoints_is_refused(videos: Path, 
 def test_weights_alone_are_no_run_to_go_on_with(videos: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
     checkpoint.save_weights(tmp_path / "inflated.pt", weights(trained[0]))
     error = run(arguments(videos, tmp_path / "out", "TRAIN.RESUME", str(tmp_path / "inflated.pt")), status=1)[1]
-    assert f"inflated.pt: holds weights, not a run to go on with; start from them with TRAIN.INIT {tmp_path}" in error
+    assert f"inflated.pt: holds weights, not a run to resume; start from them with TRAIN.INIT {tmp_path}" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten(videos: Path, trained: tuple[Path, str]) -> None:
     before = sorted(p.stat().st_mtime_ns for p in trained[0].glob("*.pt"))
     error = run(arguments(videos, trained[0]), status=1)[1]
-    assert "holds checkpoints of an earlier run; go on with TRAIN.RESUME auto" in error
+    assert "holds checkpoints of an earlier run; resume it with TRAIN.RESUME auto" in error
     assert sorted(p.stat().st_mtime_ns for p in trained[0].glob("*.pt")) == before
 
 
@@ -209,7 +222,7 @@ def test_a_finished_run_goes_straight_to_the_test(videos: Path, trained: tuple[P
     shutil.copytree(trained[0], out)
     said = run(arguments(videos, out, "TRAIN.RESUME", "auto"))[0]
     assert "epoch 1/2" not in said and "top-1" in said
-    assert len(events(out, "test")) == 2
+    assert len(events(out, "test")) == 1  # the earlier one was repeated
 
 
 def test_vanilla_tests_the_octave_checkpoint_since_the_state_dict_is_the_same(
@@ -308,6 +321,7 @@ def test_parts_of_a_batch_and_clipping_from_the_command_line(videos: Path, tmp_p
 
 def test_a_run_of_iterations_ends_at_its_last_step(videos: Path, tmp_path: Path) -> None:
     more = [
+        *("SOLVER.WARMUP_EPOCHS", "0"),
         "SOLVER.SCHEDULE",
         "iterations",
         "SOLVER.ITERATIONS",
@@ -318,7 +332,7 @@ def test_a_run_of_iterations_ends_at_its_last_step(videos: Path, tmp_path: Path)
         "1",
     ]
     said = run(arguments(videos, tmp_path / "out", *more, "TEST.ENABLE", "False"))[0]
-    assert "steps at each rate [2, 1] of 4 clips -> 2 + 1 of 4" in said and "2 steps an epoch, 3 in all" in said
+    assert "steps at each rate [2, 1] of 4 clips -> 2 + 1 of 4" in said and "2 steps an epoch, 3 in total" in said
     assert [(e["step"], e["lr"]) for e in events(tmp_path / "out", "train")] == [
         (1, 0.1),
         (2, 0.1),
@@ -445,8 +459,9 @@ def with_a_bad_file(videos: Path, folder: Path) -> list[str]:
 def test_training_replaces_within_its_budget_and_says_so(videos: Path, tmp_path: Path) -> None:
     more = [*with_a_bad_file(videos, tmp_path), "DATA.MAX_FAILED_FRACTION", "0.2", "TRAIN.EPOCHS", "3"]
     out = run(arguments(videos, tmp_path / "out", *more))[0]
-    assert out.count("replaced a clip that cannot be decoded") == 1 and "Traceback" in out and "bad.mp4" in out
-    assert (tmp_path / "out" / "failed.txt").read_text().startswith(f"{tmp_path}/list.txt:1: {tmp_path}/bad.mp4: ")
+    assert out.count("replaced a clip that cannot be decoded") == 1 and "Traceback" not in out and "bad.mp4" in out
+    failed = (tmp_path / "out" / "failed.txt").read_text()
+    assert failed.startswith(f"{tmp_path}/list.txt:1: {tmp_path}/bad.mp4: ") and "\n  Traceback" in failed
     assert [e["video"] for e in events(tmp_path / "out", "failed")] == [0]
     assert len(checkpoint.found(tmp_path / "out")) == 3
 
