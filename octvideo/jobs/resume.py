@@ -162,7 +162,7 @@ def _compared(cfg: CfgNode, path: Path, state: dict[str, Any], lists: dict[str, 
     within = clips > 0
     if clips and of_order:
         remarks.append(
-            f"TRAIN.RESTART_EPOCH: epoch {state['epoch'] + 1} begins again; its first {clips} clips were trained on"
+            f"TRAIN.RESTART_EPOCH: epoch {state['epoch'] + 1} begins again; {clips} clips of it are repeated"
         )
         clips = 0
     there, here = state.get("versions", {}), versions()
