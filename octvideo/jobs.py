@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import octvideo
 from octvideo import build
 from octvideo.config import ConfigError, changes
-from octvideo.data.dataset import VideoList
+from octvideo.data.lists import VideoList
 from octvideo.data.loader import Loader, TrainBatches
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError

@@ -30,6 +30,7 @@ import torch
 from octvideo.engine import distributed
 from octvideo.engine.distributed import World
 from octvideo.errors import UserError
+from octvideo.files import expanded
 
 Result = TypeVar("Result")
 TREE = Path(__file__).resolve().parents[1]
@@ -299,6 +300,8 @@ def _submit(request: Request, script: Path, jobs: Sequence[Job]) -> int:
     import submitit
 
     output = jobs[0].output.resolve()
+    for path in (output, TREE, Path(sys.executable)):  # a line break would end a line of the sbatch text
+        expanded(path)
     folder = output / "slurm" / time.strftime("%Y%m%d-%H%M%S")
     if not request.dry_run:
         for program in ("sbatch", "srun", "squeue", "scontrol"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octvideo import build
 from octvideo.config import ConfigError
-from octvideo.data.dataset import read_list
+from octvideo.data.lists import read_list
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World

@@ -43,7 +43,8 @@ from octvideo.analysis.complexity import Complexity
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.frequency import ALL, LOW, LOW_OWN_GRID, VANILLA, Spectra, picture, spectra
 from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
-from octvideo.data.dataset import ListError, Sample, VideoList
+from octvideo.data.dataset import Sample
+from octvideo.data.lists import ListError, VideoList
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World, device_of
 from octvideo.errors import UserError

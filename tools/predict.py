@@ -33,10 +33,11 @@ from octvideo import build, command, config, jobs
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.overlay import Font, choose_font, draw_panel, heat_over, lacking, legible
 from octvideo.analysis.saliency import grad_cam
-from octvideo.data.dataset import EvalDataset, unlabelled
+from octvideo.data.dataset import EvalDataset
 from octvideo.data.decode import DecodeError, Video, open_video
 from octvideo.data.encode import EncodeError, write_mp4
 from octvideo.data.images import ImageEvalDataset
+from octvideo.data.lists import unlabelled
 from octvideo.data.transforms import scaled_size, uniform_crops
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
