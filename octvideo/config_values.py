@@ -20,8 +20,7 @@ PATHS = frozenset(
 )
 """Keys that name a file or folder: a leading ~ is the home folder."""
 
-LARGEST = {"SEED": 2**63 - 2**32}  # a process seeds itself with SEED + 1 + its rank
-LARGEST_INTEGER = 2**31 - 1  # of every other key
+LARGEST = 2**31 - 1  # integer of every key but SEED, which has up to 18 digits
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -80,7 +79,6 @@ def _unfit(key: str, value: Any) -> str:
     numbers = value if isinstance(value, list) else [value]
     if not all(math.isfinite(number) for number in numbers):
         return "; allowed: finite numbers"
-    most = LARGEST.get(key, LARGEST_INTEGER)
-    if any(isinstance(number, int) and abs(number) > most for number in numbers):
-        return f"; allowed: at most {most}"
+    if key != "SEED" and any(isinstance(number, int) and abs(number) > LARGEST for number in numbers):
+        return f"; allowed: at most {LARGEST}"
     return ""

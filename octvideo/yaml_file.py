@@ -100,7 +100,7 @@ class _Check:
         if len(above) > MAX_DEPTH:
             raise YamlError(f"{self._at(node)}{_TOO_DEEP}")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if (isinstance(node, ScalarNode) and kind in _PLAIN) or kind in _REMEDIES:
+        if isinstance(node, ScalarNode) and kind in (*_PLAIN, *_REMEDIES):
             if kind not in _PLAIN or not _PLAIN[kind].fullmatch(node.value):
                 self._refuse(node, f"{shown(node.value)} {_REMEDIES.get(kind, f'is not of the type {kind}')}")
         elif isinstance(node, MappingNode) and kind == "map":
