@@ -40,6 +40,7 @@ from octvideo import command
 from octvideo.data.lists import ListError, VideoList, read_list, text_lines, unlistable
 from octvideo.engine.classes import class_key
 from octvideo.errors import plain, shown
+from octvideo.files import path_argument
 
 if TYPE_CHECKING or __package__:
     from datasets import doctor, resizing, shards
@@ -447,16 +448,18 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, argparse
     ):
         parsers[name] = commands.add_parser(name, help=told, description=told)
         parsers[name].set_defaults(run=run)
-        parsers[name].add_argument("--out", type=Path, required=True, help="folder to write to")
+        parsers[name].add_argument("--out", type=path_argument, required=True, help="folder to write to")
         if name != "index":
-            parsers[name].add_argument("--list", type=Path, required=True, help="lines `path label`")
-            parsers[name].add_argument("--prefix", type=Path, required=True, help="folder that the paths start from")
+            parsers[name].add_argument("--list", type=path_argument, required=True, help="lines `path label`")
+            parsers[name].add_argument(
+                "--prefix", type=path_argument, required=True, help="folder that the paths start from"
+            )
             cores = os.cpu_count() or 1
             parsers[name].add_argument("--workers", type=int, default=cores, help="processes; default: the cores")
     add = parsers["index"].add_argument
-    add("--annotations", type=Path, nargs="+", required=True, help="official csv")
-    add("--videos", type=Path, required=True, help="folder of the videos")
-    add("--labels", type=Path, help="label map, one class name a line; default: the sorted labels of the csv")
+    add("--annotations", type=path_argument, nargs="+", required=True, help="official csv")
+    add("--videos", type=path_argument, required=True, help="folder of the videos")
+    add("--labels", type=path_argument, help="label map, one class name a line; default: the sorted labels of the csv")
     add("--split", choices=list(SPLITS), help="this split only; rows that name none belong to it")
     add = parsers["resize"].add_argument
     add("--short-side", type=int, required=True, help="pixels, such as 256 or 320; smaller files keep their size")

@@ -43,7 +43,7 @@ from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World, device_of
 from octvideo.errors import UserError
-from octvideo.files import write_atomic
+from octvideo.files import path_argument, write_atomic
 
 CHUNK = 16  # frames of a video held at a time while it is annotated
 SHOWN_FRAMES = 8  # of a clip in a contact sheet
@@ -494,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--crops", type=int, metavar="N", help="crops per clip, 1 or 3 (default: TEST.CROPS)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name (default 5)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for what is written (default OUTPUT_DIR/predictions)"
+        "--out", type=path_argument, metavar="FOLDER", help="for what is written (default OUTPUT_DIR/predictions)"
     )
     parser.add_argument("--annotate", action="store_true", help="write VIDEO_annotated.mp4")
     parser.add_argument("--saliency", action="store_true", help="write VIDEO_saliency.png; with --annotate an mp4 too")
