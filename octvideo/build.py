@@ -66,9 +66,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
             image_networks = frozenset([cfg.MODEL.FACTORY] if takes_images(cfg) else [])
         except ValueError as error:
             problems.append(f"MODEL.FACTORY is {error}")
-    problems += config.check(
+    wrong = config.check(
         cfg, networks=NETWORKS, image_networks=image_networks, decoders=BACKENDS, policies=POLICIES, shorts=SHORT
     )
+    refused = {problem.split()[0] for problem in problems}  # these keys still have their default
+    problems += [problem for problem in wrong if problem.split()[0] not in refused]
     if not problems and cfg.MODEL.FACTORY:
         problems += _factory_problems(cfg)
     elif not problems:

@@ -173,7 +173,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list
     try:
         values = yaml_file.read(expanded(path))
     except (YamlError, PathError) as error:
-        raise ConfigError(str(path), getattr(error, "problems", [str(error)])) from None
+        raise ConfigError(plain(str(path)), getattr(error, "problems", [str(error)])) from None
     for key, value in values.items():
         _assign(cfg, key, value, problems)
     if len(overrides) % 2:

@@ -51,7 +51,7 @@ def test_no_path_has_an_unprintable_character(key: str, character: str) -> None:
 
 def test_a_line_break_in_a_folder_of_a_file(good: Path) -> None:
     good.write_text('OUTPUT_DIR: "runs/a\\ntouch PWNED #"\nDATA: {TRAIN_LIST: a, VAL_LIST: b}\n')
-    (problem, _) = problems_of(good)
+    (problem,) = problems_of(good)
     assert problem.startswith(r"OUTPUT_DIR is 'runs/a\ntouch PWNED #', which contains the control character '\n'")
 
 
