@@ -33,8 +33,8 @@ from av.video.stream import VideoStream
 from torch import Tensor
 from tqdm import tqdm
 
-from octvideo.data.dataset import VideoList
 from octvideo.data.decode import DecodeError, Video, open_video
+from octvideo.data.lists import VideoList
 
 if TYPE_CHECKING or __package__:
     from datasets import motion

@@ -37,8 +37,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from octvideo import command
-from octvideo.data.dataset import ListError, VideoList, read_list
+from octvideo.data.lists import ListError, VideoList, read_list, text_lines, unlistable
 from octvideo.engine.classes import class_key
+from octvideo.errors import plain, shown
+from octvideo.files import path_argument
 
 if TYPE_CHECKING or __package__:
     from datasets import doctor, resizing, shards
@@ -91,11 +93,7 @@ class RowError(ValueError):
 @lru_cache(maxsize=4096)
 def read_labels(path: Path) -> list[str]:
     """The class names of a label map, one a line, in its order."""
-    try:
-        names = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8 text: give --labels a label map, one class name a line") from error
-    names = [name.strip() for name in names]
+    names = [name.strip() for _, name in text_lines(path, "label map")]
     while names and not names[-1]:
         names.pop()
     where: dict[str, int] = {}
@@ -111,20 +109,19 @@ def read_labels(path: Path) -> list[str]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str] | None]]:
     """The rows of a csv as (FILE:LINE, cells by column); None for one with too few or too many cells."""
+    rows = csv.reader(f"{line}\n" for _, line in text_lines(path, "csv"))
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            header = [column.strip() for column in next(rows, [])]
-            absent = [column for column in COLUMNS[1:4] if column not in header]
-            if absent:
-                has = ", ".join(header)[:100] or "nothing"
-                raise SettingsError(f"{path}:1: lacks the columns {', '.join(absent)}; it has {has}")
-            for cells in rows:
-                if cells:
-                    fits = len(cells) == len(header)
-                    yield f"{path}:{rows.line_num}", dict(zip(header, cells, strict=True)) if fits else None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8 text ({error.reason}): give --annotations an official csv") from error
+        header = [column.strip() for column in next(rows, [])]
+        absent = [column for column in COLUMNS[1:4] if column not in header]
+        if absent:
+            has = plain(", ".join(header), 100) or "nothing"
+            raise SettingsError(f"{path}:1: lacks the columns {', '.join(absent)}; it has {has}")
+        if again := [column for column, count in Counter(header).items() if count > 1]:
+            raise SettingsError(f"{path}:1: has the column {shown(again[0])} twice; remove one of them")
+        for cells in rows:
+            if cells:
+                fits = len(cells) == len(header)
+                yield f"{path}:{rows.line_num}", dict(zip(header, cells, strict=True)) if fits else None
     except csv.Error as error:
         raise SettingsError(f"{path}:{rows.line_num}: {error}: give --annotations an official csv") from error
 
@@ -207,17 +204,6 @@ def scan(root: Path) -> Iterator[tuple[str, str]]:
                     yield path, "a link that leads nowhere" if entry.is_symlink() and not entry.is_file() else ""
 
 
-def unlistable(path: str) -> str:
-    """Why a path cannot stand in a list; "" where it can."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "its path is not UTF-8: rename it"
-    if "\n" in path or "\r" in path:
-        return "its path has a line break: rename it"
-    return "its path begins with a space or #: rename it" if path != path.lstrip() or path.startswith("#") else ""
-
-
 class Finder:
     """Which clip a file is. Exact times go before an id alone, which must have one row only."""
 
@@ -258,7 +244,8 @@ def match(
     candidates: dict[int, list[str]] = {}
     unexpected: list[Problem] = []
     for path, reason in files:
-        found = reason or unlistable(path) or finder.clip_of(path)
+        why = unlistable(path)
+        found = reason or (f"{why}: rename it" if why else finder.clip_of(path))
         if isinstance(found, int) and clips[found].label == NO_LABEL:
             found = f"its row has no label ({clips[found].place})"
         if isinstance(found, str):
@@ -357,10 +344,7 @@ def read_videos(given: argparse.Namespace) -> VideoList:
     """The list that the command line gives. ListError or SettingsError where it cannot be used."""
     if not given.prefix.is_dir():
         raise SettingsError(f"there is no folder {given.prefix}: give --prefix the folder of the videos")
-    try:
-        return read_list(str(given.list), num_classes=2**31, prefix=str(given.prefix), check_files=False)
-    except OverflowError as error:
-        raise SettingsError(f"{given.list}: a label is no number of a class ({error})") from error
+    return read_list(str(given.list), num_classes=2**31, prefix=str(given.prefix), check_files=False)
 
 
 def show(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -464,16 +448,18 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, argparse
     ):
         parsers[name] = commands.add_parser(name, help=told, description=told)
         parsers[name].set_defaults(run=run)
-        parsers[name].add_argument("--out", type=Path, required=True, help="folder to write to")
+        parsers[name].add_argument("--out", type=path_argument, required=True, help="folder to write to")
         if name != "index":
-            parsers[name].add_argument("--list", type=Path, required=True, help="lines `path label`")
-            parsers[name].add_argument("--prefix", type=Path, required=True, help="folder that the paths start from")
+            parsers[name].add_argument("--list", type=path_argument, required=True, help="lines `path label`")
+            parsers[name].add_argument(
+                "--prefix", type=path_argument, required=True, help="folder that the paths start from"
+            )
             cores = os.cpu_count() or 1
             parsers[name].add_argument("--workers", type=int, default=cores, help="processes; default: the cores")
     add = parsers["index"].add_argument
-    add("--annotations", type=Path, nargs="+", required=True, help="official csv")
-    add("--videos", type=Path, required=True, help="folder of the videos")
-    add("--labels", type=Path, help="label map, one class name a line; default: the sorted labels of the csv")
+    add("--annotations", type=path_argument, nargs="+", required=True, help="official csv")
+    add("--videos", type=path_argument, required=True, help="folder of the videos")
+    add("--labels", type=path_argument, help="label map, one class name a line; default: the sorted labels of the csv")
     add("--split", choices=list(SPLITS), help="this split only; rows that name none belong to it")
     add = parsers["resize"].add_argument
     add("--short-side", type=int, required=True, help="pixels, such as 256 or 320; smaller files keep their size")

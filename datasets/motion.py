@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from octvideo import command
 from octvideo.errors import UserError
+from octvideo.files import path_argument
 
 Floats = NDArray[np.floating]
 
@@ -383,7 +384,7 @@ def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes the embedded motion data set.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make, such as data/motion")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to make, such as data/motion")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="another seed, other clips")
     parser.add_argument("--train", type=int, default=Settings.train, help="clips per class in train.txt")
     parser.add_argument("--val", type=int, default=Settings.val, help="clips per class in val.txt")

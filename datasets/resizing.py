@@ -26,8 +26,8 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from octvideo.data.dataset import VideoList
 from octvideo.data.decode import DecodeError, open_video
+from octvideo.data.lists import VideoList
 
 if TYPE_CHECKING or __package__:
     from datasets import doctor, shards

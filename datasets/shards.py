@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tqdm import tqdm
 
-from octvideo.data.dataset import VideoList
+from octvideo.data.lists import VideoList
 
 if TYPE_CHECKING or __package__:
     from datasets import motion
@@ -108,7 +108,7 @@ def strays(videos: VideoList) -> list[str]:
 def read_members(videos: VideoList) -> list[Member]:
     """The files of a list. SettingsError names every line whose file is missing, or is none."""
     problems = strays(videos)
-    members: dict[str, Member] = {}
+    members: list[Member] = []
     for index in range(0 if problems else len(videos)):
         name, source, line = str(PurePosixPath(videos.name(index))), videos.path(index), videos.place(index)
         try:
@@ -118,11 +118,9 @@ def read_members(videos: VideoList) -> list[Member]:
             continue
         if not S_ISREG(found.st_mode):
             problems.append(f"{line}: {source} is no file")
-        if name in members:
-            problems.append(f"{line}: {name!r} is listed already, {members[name].line}; remove one of them")
-        members[name] = Member(name, source, line, videos.label(index), found.st_size)
+        members.append(Member(name, source, line, videos.label(index), found.st_size))
     refuse(problems)
-    return list(members.values())
+    return members
 
 
 def refuse(problems: Sequence[str], shown: int = 20) -> None:

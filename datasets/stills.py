@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from octvideo import command
+from octvideo.files import path_argument
 
 if TYPE_CHECKING or __package__:
     from datasets import motion
@@ -123,7 +124,7 @@ def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes the embedded image set.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make, such as data/stills")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to make, such as data/stills")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="another seed, other stills")
     parser.add_argument("--train", type=int, default=Settings.train, help="stills per class in train/")
     parser.add_argument("--val", type=int, default=Settings.val, help="stills per class in val/")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from octvideo import command
 from octvideo.errors import UserError
+from octvideo.files import path_argument
 
 COLUMNS = ("path", "label", "class", "sequence", "sha1")
 
@@ -142,9 +143,11 @@ def choose_folds(videos: Sequence[Video], test_sequence: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes leave-one-sequence-out lists for UT-Interaction.")
-    parser.add_argument("--root", type=Path, required=True, help="folder that holds manifest.csv and the videos")
+    parser.add_argument(
+        "--root", type=path_argument, required=True, help="folder that holds manifest.csv and the videos"
+    )
     parser.add_argument("--test-sequence", required=True, help="sequence to test on, or all for every fold")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the lists")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for the lists")
     parser.add_argument("--verify", action="store_true", help="compare each file with its sha1 as well")
     given = parser.parse_args(arguments)
     try:

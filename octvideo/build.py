@@ -22,15 +22,18 @@ from torch.utils.data import Dataset
 from octvideo import config
 from octvideo.analysis.complexity import Complexity, complexity
 from octvideo.config import ConfigError
-from octvideo.data import dataset, images, loader, transforms
-from octvideo.data.dataset import EvalDataset, Replacing, Sample, TrainDataset, VideoList
+from octvideo.data import images, lists, loader, transforms
+from octvideo.data.dataset import EvalDataset, Replacing, Sample, TrainDataset
 from octvideo.data.decode import BACKENDS
 from octvideo.data.images import ImageEvalDataset, ImageTrainDataset
+from octvideo.data.lists import ListError, VideoList
 from octvideo.data.loader import Loader
 from octvideo.data.sampling import POLICIES, SHORT, seeded_generator
 from octvideo.engine import optim
 from octvideo.engine.distributed import World
 from octvideo.engine.train import Precision
+from octvideo.errors import shown
+from octvideo.files import unprintable
 from octvideo.models import (
     NETWORKS,
     ResNetSpec,
@@ -44,6 +47,7 @@ from octvideo.models import (
     with_pool_padding,
 )
 from octvideo.octave import octavize, use_onednn
+from octvideo.unused import unused as unused_keys
 
 
 def _is_image_network(spec: Spec) -> bool:
@@ -56,15 +60,17 @@ IMAGE_NETWORKS = frozenset(name for name, describe in NETWORKS.items() if _is_im
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     """A file and KEY VALUE overrides -> a checked configuration. Raises ConfigError listing every problem at once."""
     cfg, problems = config.read(path, overrides)
+    refused = {problem.split()[0] for problem in problems}  # these keys still have their default
     image_networks = IMAGE_NETWORKS
     if cfg.MODEL.FACTORY:
         try:
             image_networks = frozenset([cfg.MODEL.FACTORY] if takes_images(cfg) else [])
         except ValueError as error:
             problems.append(f"MODEL.FACTORY is {error}")
-    problems += config.check(
+    wrong = config.check(
         cfg, networks=NETWORKS, image_networks=image_networks, decoders=BACKENDS, policies=POLICIES, shorts=SHORT
     )
+    problems += [problem for problem in wrong if problem.split()[0] not in refused]
     if not problems and cfg.MODEL.FACTORY:
         problems += _factory_problems(cfg)
     elif not problems:
@@ -72,6 +78,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     if problems:
         raise ConfigError(str(path), problems)
     return cfg
+
+
+def unused(cfg: CfgNode) -> list[str]:
+    """Return lines "KEY VALUE has no effect: why" on keys that differ from their default, for the start of a run."""
+    absent = {}
+    if not cfg.MODEL.FACTORY:
+        spec = network_spec(cfg)
+        pathways = [spec.slow, spec.fast] if isinstance(spec, SlowFastSpec) else [spec]
+        if not any(getattr(stage, "nonlocal_after", ()) for pathway in pathways for stage in pathway.stages):
+            absent["MODEL.NONLOCAL_FORM"] = f"{cfg.MODEL.NAME} has no non-local block"
+    return unused_keys(cfg, images=takes_images(cfg), absent=absent)
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> list[CfgNode]:
@@ -288,9 +305,12 @@ def class_names(cfg: CfgNode, path: str) -> list[str]:
     if not cfg.DATA.CLASS_NAMES and not file.is_file():
         return []
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"DATA.CLASS_NAMES {file}", [f"cannot be read ({error})"]) from None
+        lines = [line.strip() for _, line in lists.text_lines(file, "file of class names")]
+    except ListError as error:
+        raise ConfigError(f"DATA.CLASS_NAMES {file}", [str(error)]) from None
+    names = [line for line in lines if line]
+    if broken := [f"{shown(name)} {unprintable(name)}; rename it" for name in names if unprintable(name)]:
+        raise ConfigError(f"class names in {file}", broken[:1])
     if len(names) != cfg.MODEL.NUM_CLASSES or len(set(names)) != len(names):
         problem = (
             f"{len(names)} names, {len(set(names))} of them different, for MODEL.NUM_CLASSES {cfg.MODEL.NUM_CLASSES}; "
@@ -308,7 +328,7 @@ def use_threads(cfg: CfgNode, world: World) -> None:
 
 def video_list(cfg: CfgNode, path: str, *, training: bool) -> VideoList:
     """The videos, or images, of a list (or of a folder of images)."""
-    read = images.read_images if takes_images(cfg) else dataset.read_list
+    read = images.read_images if takes_images(cfg) else lists.read_list
     return read(
         path,
         prefix=cfg.DATA.PREFIX,

@@ -1,7 +1,7 @@
 """The configuration: every key with its unit, range and effect; reading YAML; one list of all that is wrong.
 
-A file holds what differs from its `_BASE_`. `read` merges base, file and KEY VALUE overrides; `check` looks at the
-values and changes none.
+A file holds what differs from its `_BASE_` (octvideo.yaml_file). `read` merges base, file and KEY VALUE overrides; `check`
+looks at the values and changes none; `unused` names those that nothing reads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
-from octvideo.errors import UserError
+from octvideo import yaml_file
+from octvideo.config_values import coerced, value_of
+from octvideo.errors import UserError, plain, shown
+from octvideo.files import PathError, expanded
+from octvideo.yaml_file import YamlError, flatten
 
 
 class ConfigError(UserError, ValueError):
@@ -29,8 +32,6 @@ class ConfigError(UserError, ValueError):
 
 
 COMPILE_MODES = ("off", "default", "graphs")
-SWITCHES = {"MODEL.COMPILE": {False: "off", True: "default"}}
-"""Keys that were True or False in earlier versions -> what these values mean."""
 
 
 def defaults() -> CfgNode:
@@ -160,7 +161,7 @@ def defaults() -> CfgNode:
 
 def key_names() -> list[str]:
     """The name of every key, as overrides give it."""
-    return [key for key, _ in _flatten(defaults())]
+    return [key for key, _ in flatten(defaults())]
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list[str]]:
@@ -171,12 +172,19 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[CfgNode, list
     """
     problems: list[str] = []
     cfg = defaults()
-    for key, value in _flatten(_read_yaml(Path(path))):
+    try:
+        values = yaml_file.read(expanded(path))
+    except (YamlError, PathError) as error:
+        raise ConfigError(plain(str(path)), getattr(error, "problems", [str(error)])) from None
+    for key, value in values.items():
         _assign(cfg, key, value, problems)
     if len(overrides) % 2:
         problems.append(f"override {overrides[-1]!r} has no value; overrides are pairs: KEY VALUE KEY VALUE ...")
     for key, text in zip(overrides[0::2], overrides[1::2], strict=False):
-        _assign(cfg, key, _parse(text, cfg, key), problems)
+        try:
+            _assign(cfg, key, _parse(text, cfg, key), problems)
+        except YamlError as error:
+            problems += [f"{plain(key)} is {shown(text)}: {problem}" for problem in error.problems]
     cfg.freeze()
     return cfg, problems
 
@@ -188,13 +196,13 @@ def changes(saved: str, cfg: CfgNode, keys: Sequence[str] = ("",)) -> list[str]:
     anyone. Raises ConfigError where it is no configuration.
     """
     try:
-        tree = yaml.safe_load(saved)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError("a saved configuration", [f"not plain YAML: {' '.join(str(error).split())[:200]}"]) from None
+        tree = yaml_file.parse(saved)
+    except YamlError as error:
+        raise ConfigError("a saved configuration", error.problems) from None
     if not isinstance(tree, dict):
         raise ConfigError("a saved configuration", ["not a mapping of sections (MODEL:, DATA:, ...)"])
     lines = []
-    here, default = dict(_flatten(cfg)), defaults()
+    here, default = dict(flatten(cfg)), defaults()
     for key in here:
         if not key.startswith(tuple(keys)):
             continue
@@ -203,7 +211,7 @@ def changes(saved: str, cfg: CfgNode, keys: Sequence[str] = ("",)) -> list[str]:
         except (KeyError, TypeError):  # no such key, or no section where one should be
             there = _get(default, key)
         with contextlib.suppress(ValueError):
-            there = _coerce(_current(key, there), here[key])
+            there = coerced(key, there, here[key])
         if _shown(there) != _shown(here[key]):
             lines.append(f"{key} {_shown(there)} (here {_shown(here[key])})")
     return lines
@@ -239,7 +247,7 @@ def check(
 
     def require(good: bool, key: str, allowed: str) -> None:
         if not good:
-            problems.append(f"{key} is {_get(cfg, key)!r}; allowed: {allowed}")
+            problems.append(f"{key} is {shown(_get(cfg, key), 200)}; allowed: {allowed}")
 
     def at_least(lowest: float, *keys: str) -> None:
         for key in keys:
@@ -290,7 +298,8 @@ def check(
     require(0 <= cfg.MODEL.DROPOUT < 1, "MODEL.DROPOUT", "0 to below 1")
     require(cfg.MODEL.POOL_PADDING in (0, 1), "MODEL.POOL_PADDING", "0, 1")
     require(0 <= cfg.OCTAVE.ALPHA <= 1, "OCTAVE.ALPHA", "0 to 1")
-    require(list(cfg.OCTAVE.POOL) in ([1, 2, 2], [2, 2, 2]), "OCTAVE.POOL", "[1, 2, 2], [2, 2, 2]")
+    factors = list(map(repr, cfg.OCTAVE.POOL))  # 2.0 is equal to 2, but not a factor
+    require(factors in (["1", "2", "2"], ["2", "2", "2"]), "OCTAVE.POOL", "[1, 2, 2], [2, 2, 2]")
     ratios_fit = all(isinstance(a, int | float) and 0 <= a <= 1 for a in cfg.OCTAVE.RATIOS)
     require(ratios_fit, "OCTAVE.RATIOS", "[] or one number from 0 to 1 per stage")
     require(0 <= cfg.DATA.MAX_FAILED_FRACTION < 1, "DATA.MAX_FAILED_FRACTION", "0 to below 1")
@@ -352,44 +361,13 @@ def check(
     return problems
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(str(path), ["no such file; configs of the project are under configs/"])
-    try:
-        content = CfgNode.load_yaml_with_base(str(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"not plain YAML: {' '.join(str(error).split())}"]) from None
-    except FileNotFoundError as error:
-        raise ConfigError(str(path), [f"_BASE_ names a file that does not exist: {error.filename}"]) from None
-    except RecursionError:
-        raise ConfigError(str(path), ["_BASE_ leads back to the same file"]) from None
-    except (AssertionError, TypeError, AttributeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(str(path), [f"this file or its _BASE_ is not a mapping of sections: {error}"]) from None
-    if not isinstance(content, dict):
-        raise ConfigError(str(path), ["not a mapping of sections (MODEL:, DATA:, ...)"])
-    return content
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _parse(text: str, cfg: CfgNode, key: str) -> Any:
     """The value of an override: as YAML, but as it stands for a key that holds text (a path, a separator)."""
-    if isinstance(dict(_flatten(cfg)).get(key), str):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return text if isinstance(dict(flatten(cfg)).get(key), str) else yaml_file.parse(text)
 
 
 def _assign(cfg: CfgNode, key: str, value: Any, problems: list[str]) -> None:
-    known = dict(_flatten(cfg))
+    known = dict(flatten(cfg))
     if key not in known:
         sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
         if key in sections:
@@ -399,37 +377,14 @@ def _assign(cfg: CfgNode, key: str, value: Any, problems: list[str]) -> None:
             return
         close = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else f"; sections are {', '.join(sorted(sections))}"
-        problems.append(f"unknown key {key}{hint}")
+        problems.append(f"unknown key {plain(key)}{hint}")
         return
-    try:
-        section, name = _parent(cfg, key)
-        section[name] = _coerce(_current(key, value), known[key])
-    except ValueError:
-        kind = {bool: "True or False", int: "an integer", float: "a number", str: "text", list: "a list"}
-        problems.append(f"{key} is {value!r}, of type {type(value).__name__}; allowed: {kind[type(known[key])]}")
-
-
-def _current(key: str, value: Any) -> Any:
-    """Translate a value of an earlier version (`SWITCHES`); YAML reads `off` as False too."""
-    if key not in SWITCHES or not isinstance(value, bool | str):  # a saved file may hold lists that no memory can print
-        return value
-    meanings = {str(old): new for old, new in SWITCHES[key].items()}
-    return meanings.get(str(value).capitalize(), value)
-
-
-def _coerce(value: Any, default: Any) -> Any:
-    """The value as the default's type. YAML reads 1e-4 as text and `30` as an integer; both are meant as numbers."""
-    if isinstance(default, float) and not isinstance(value, bool) and isinstance(value, int | str):
-        return float(value)
-    if isinstance(default, list) and isinstance(value, tuple):
-        return list(value)
-    if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # a folder called 2024
-    if isinstance(default, str) and value is None:
-        return ""
-    if type(value) is not type(default):
-        raise ValueError(value)
-    return value
+    new, problem = value_of(key, value, known[key])
+    if problem:
+        problems.append(f"{key} {problem}")
+        return
+    section, name = _parent(cfg, key)
+    section[name] = new
 
 
 def _parent(cfg: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

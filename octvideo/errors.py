@@ -19,3 +19,17 @@ class Interrupted(Exception):
     """The end of the work at the user's or the system's request. status: 128 + the number of the signal."""
 
     status = 130
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value from somebody's file on one line for a message: control characters escaped, cut after `limit`."""
+    if isinstance(value, str | bytes):
+        text = repr(value[:limit])
+        return text if len(value) <= limit else f"{text[:-1]}...{text[-1]}"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def plain(text: str, limit: int = 200) -> str:
+    """Return a text from somebody's file for a message, as `shown` does but without quotes."""
+    return text if text.isprintable() and len(text) <= limit else shown(text, limit)[1:-1]

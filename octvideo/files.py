@@ -1,22 +1,92 @@
-"""Files are written completely or not at all: temporary file, fsync, rename. What a killed process left is cleaned up."""
+"""Paths from users, files that are opened to read, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import errno
 import os
 import re
 import shutil
 import socket
+import stat
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from octvideo.errors import RunError
+from octvideo.errors import RunError, UserError, shown
 
 HOST = socket.gethostname().split(".")[0] or "localhost"
 STALE_S = 3600  # a temporary file that nobody has written to for so long belongs to no living process
 _TEMPORARY = re.compile(r"\..+\.(?:(?P<host>[^.]+)-)?(?P<pid>\d+)\.tmp")
+
+
+_NOT_IN_PATHS = {"Cc": "control", "Cs": "undecodable", "Zl": "line-break", "Zp": "line-break"}
+# They reorder a line of a terminal, or are the rest of a byte order mark.
+_INVISIBLE = frozenset("\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class PathError(UserError, argparse.ArgumentTypeError):
+    """A path that is not accepted, for a reason. argparse prints it with the flag if `path_argument` is the flag's type."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{shown(path)} {reason}")
+
+
+def unprintable(text: str) -> str:
+    """Return why a text cannot be a path: its first control, line-break, undecodable or direction character; "" if none."""
+    if text.isprintable():
+        return ""
+    for character in text:
+        kind = _NOT_IN_PATHS.get(unicodedata.category(character), "invisible" if character in _INVISIBLE else "")
+        if kind:
+            return f"contains the {kind} character {character!a}"
+    return ""
+
+
+def expanded(path: str | Path) -> str:
+    """Return a path with a leading ~ or ~USER replaced by the home folder.
+
+    Raises PathError for an unprintable character and for a USER without a home folder.
+    """
+    text = os.fspath(path)
+    if problem := unprintable(text):
+        raise PathError(text, f"{problem}; rename it")
+    if not text.startswith("~"):
+        # "./~" is a folder called ~ in the current one, which Path would shorten to ~
+        return str(Path(text).absolute()) if str(Path(text)).startswith("~") else text
+    home = os.path.expanduser(text)  # noqa: PTH111  # Path would normalize the rest
+    if home == text:
+        user = text.split("/")[0]
+        raise PathError(text, f"begins with {shown(user)}, which has no home folder; ./{user} is a folder of that name")
+    return home
+
+
+def path_argument(text: str) -> Path:
+    """Return `expanded` as a Path: the type of a command line's flag that names a file or folder."""
+    return Path(expanded(text))
+
+
+def tried(path: str | Path) -> str:
+    """Return, for a message, the absolute path that a relative one stands for, and the current folder; "" for others."""
+    if Path(path).is_absolute():
+        return ""
+    return f" (tried {shown(str(Path(path).absolute()), 300)} from the current folder)"
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file to read its bytes. Raises OSError for a folder, FIFO, socket or device too, and waits for none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 class WriteError(RunError):

@@ -30,6 +30,7 @@ import torch
 from octvideo.engine import distributed
 from octvideo.engine.distributed import World
 from octvideo.errors import UserError
+from octvideo.files import expanded, path_argument
 
 Result = TypeVar("Result")
 TREE = Path(__file__).resolve().parents[1]
@@ -177,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_array = (
         "one job array, with a task for each line of KEY VALUE pairs in FILE; OUTPUT_DIR/0, /1, ... unless given"
     )
-    here.add_argument("--array-overrides", type=Path, metavar="FILE", help=help_array)
+    here.add_argument("--array-overrides", type=path_argument, metavar="FILE", help=help_array)
     here.add_argument("--snapshot", action="store_true", help="run a copy of the code, made now")
     here.add_argument(
         "--wait", action="store_true", help="follow the job to its end; status 0 where it is done, else 1"
@@ -299,6 +300,8 @@ def _submit(request: Request, script: Path, jobs: Sequence[Job]) -> int:
     import submitit
 
     output = jobs[0].output.resolve()
+    for path in (output, TREE, Path(sys.executable)):  # a line break would end a line of the sbatch text
+        expanded(path)
     folder = output / "slurm" / time.strftime("%Y%m%d-%H%M%S")
     if not request.dry_run:
         for program in ("sbatch", "srun", "squeue", "scontrol"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octvideo import build
 from octvideo.config import ConfigError
-from octvideo.data.dataset import read_list
+from octvideo.data.lists import read_list
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World
@@ -79,3 +79,26 @@ def test_bfloat16_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     build.check_device(cfg, card, training=False)  # an evaluation computes in float32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     build.check_device(cfg, card, training=True)
+
+
+def class_names(folder: Path, content: bytes, count: int = 2) -> list[str]:
+    (folder / "labels.txt").write_bytes(content)
+    return build.class_names(build.load_config(TINY, ["MODEL.NUM_CLASSES", str(count)]), f"{folder}/train.txt")
+
+
+def test_class_names_are_lines(tmp_path: Path) -> None:
+    assert class_names(tmp_path, "\ufeffgrüßen \r\n\tb c\n\n".encode()) == ["grüßen", "b c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a\nb\xff\n", "labels.txt:2: byte 0xff is not UTF-8 text"),
+        (b"a\rb\n", r"'a\\rb' contains the control character '\\r'; rename it"),
+        (b"a\n" + b"b" * 100_000, "labels.txt:2: the line is longer than 65536 bytes"),
+        (b"a\n", "1 names, 1 of them different, for MODEL.NUM_CLASSES 2"),
+    ],
+)
+def test_class_names_that_are_none(tmp_path: Path, content: bytes, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        class_names(tmp_path, content)

@@ -74,7 +74,7 @@ def test_commands_name_scripts_flags_and_configs_that_exist(document: str, scrip
             assert word in text, f"{document}: {script} {rest}: no flag {word}"
         if word.startswith("configs/") and "FOLDER" not in word:
             assert (ROOT / word).exists(), f"{document}: no {word}"
-    keys = dict(config._flatten(config.defaults()))
+    keys = config.key_names()
     for word in words:
         if re.fullmatch(r"[A-Z]+\.[A-Z_]+", word):
             assert word in keys, f"{document}: {script} {rest}: no key {word}"

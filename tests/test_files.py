@@ -1,5 +1,6 @@
 """Atomic writes, appended lines, and the temporary files that killed processes leave."""
 
+import argparse
 import errno
 import os
 import subprocess
@@ -113,3 +114,42 @@ def test_process_exists() -> None:
     assert process_exists(1)
     assert not process_exists(2**31 - 1)
     assert not process_exists(10**30)
+
+
+def test_home_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir(tmp_path)
+    assert files.expanded("~/x") == "/home/somebody/x" and files.expanded(Path("~")) == "/home/somebody"
+    assert files.path_argument("~/x/") == Path("/home/somebody/x")
+    for path in ("a/~", "/~", "a~", ""):
+        assert files.expanded(path) == path
+    assert files.expanded("./~") == f"{tmp_path}/~"
+    with pytest.raises(files.PathError, match="'~nobody-here/x' begins with '~nobody-here', which has no home folder"):
+        files.expanded("~nobody-here/x")
+
+
+def test_a_flag_that_names_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=files.path_argument)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--out", "a\nb"])
+    assert r"argument --out: 'a\nb' contains the control character '\n'; rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["größe/動画　1.mp4", "a\u00a0b", "👩\u200d💻", "a\u200eb", "a'b\"c #%$", ""])
+def test_printable_names(text: str) -> None:
+    assert files.unprintable(text) == ""
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, error in (
+        (tmp_path, IsADirectoryError),
+        (tmp_path / "fifo", OSError),
+        (tmp_path / "none", FileNotFoundError),
+    ):
+        with pytest.raises(error):
+            files.open_regular(path)
+    (tmp_path / "file").write_text("x")
+    with files.open_regular(tmp_path / "file") as file:
+        assert file.read() == b"x"

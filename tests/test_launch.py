@@ -95,6 +95,20 @@ def test_a_folder_that_cannot_be_made(shell: Path, tmp_path: Path, capsys: pytes
     assert "file/run/slurm/" in error and "cannot be made (Not a directory)" in error
 
 
+@pytest.mark.parametrize("where", ["by the key", "by a link", "by the current folder"])
+def test_no_folder_ends_a_line_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    hostile = tmp_path / "a\ntouch PWNED #"
+    hostile.mkdir()
+    (tmp_path / "link").symlink_to(hostile)
+    if where == "by the current folder":
+        monkeypatch.chdir(hostile)
+    folder = {"by the key": str(hostile), "by a link": str(tmp_path / "link"), "by the current folder": "runs/x"}[where]
+    error = error_of(capsys, "--slurm", "--dry-run", *LISTS, "OUTPUT_DIR", folder)
+    assert r"a\ntouch PWNED #" in error and r"contains the control character '\n'" in error
+
+
 def test_ranks_do_not_start_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in names.items():

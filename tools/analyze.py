@@ -43,11 +43,12 @@ from octvideo.analysis.complexity import Complexity
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.frequency import ALL, LOW, LOW_OWN_GRID, VANILLA, Spectra, picture, spectra
 from octvideo.analysis.paper import IMAGES, PRINTED, allowed_difference
-from octvideo.data.dataset import ListError, Sample, VideoList
+from octvideo.data.dataset import Sample
+from octvideo.data.lists import ListError, VideoList
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World, device_of
 from octvideo.errors import UserError
-from octvideo.files import write_atomic
+from octvideo.files import path_argument, write_atomic
 
 if TYPE_CHECKING or __package__:
     from tools import analyze_calls, analyze_roofline
@@ -326,35 +327,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("clip", help="what the network is shown")
     shown.add_argument("--cfg", required=True, metavar="CONFIG")
     shown.add_argument("--index", type=int, required=True, metavar="I", help="entry of the list, from 0")
-    shown.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default clip_I.png)")
+    shown.add_argument("--out", type=path_argument, metavar="FILE", help="PNG to write (default clip_I.png)")
     shown.add_argument("--epochs", type=int, default=3, metavar="N", help="training draws to show (default 3)")
     shown.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     shown.set_defaults(run=clip)
     spectrum = commands.add_parser("frequency", help="which frequencies activation maps hold")
     spectrum.add_argument("--cfg", required=True, metavar="CONFIG")
-    spectrum.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="its weights")
+    spectrum.add_argument("--checkpoint", type=path_argument, required=True, metavar="FILE", help="its weights")
     spectrum.add_argument("--against-cfg", metavar="CONFIG", help="the vanilla twin, shown beside it")
-    spectrum.add_argument("--against-checkpoint", type=Path, metavar="FILE", help="the twin's weights")
+    spectrum.add_argument("--against-checkpoint", type=path_argument, metavar="FILE", help="the twin's weights")
     spectrum.add_argument("--list", metavar="LIST", help="videos or images (default: DATA.TEST_LIST, else VAL_LIST)")
     spectrum.add_argument("--layers", metavar="A,B", help="names of modules (default: stages of two frequencies)")
     spectrum.add_argument(
         "--maps", type=int, default=10_000, metavar="N", help="of each group and layer (default 10000)"
     )
-    spectrum.add_argument("--out", type=Path, default=Path("frequency.png"), metavar="FILE", help="PNG to write")
-    spectrum.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
+    spectrum.add_argument(
+        "--out", type=path_argument, default=Path("frequency.png"), metavar="FILE", help="PNG to write"
+    )
+    spectrum.add_argument("--json", type=path_argument, metavar="FILE", help="for all numbers")
     spectrum.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="MODEL. and OCTAVE. keys not of the twin")
     spectrum.set_defaults(run=frequency)
     limit = commands.add_parser("roofline", help="a model of the least time of a step on a card")
     analyze_roofline.add_arguments(limit)
     limit.set_defaults(run=analyze_roofline.roofline)
     table = commands.add_parser("zoo", help="the table of configurations")
-    table.add_argument("--write", type=Path, metavar="FILE")
+    table.add_argument("--write", type=path_argument, metavar="FILE")
     table.set_defaults(run=zoo)
     counted = commands.add_parser("calls", help="operator calls of a training step")
     analyze_calls.add_arguments(counted)
     counted.set_defaults(run=analyze_calls.calls)
     counts = commands.add_parser("golden", help="the counts of every configuration")
-    counts.add_argument("--write", type=Path, metavar="FILE", required=True)
+    counts.add_argument("--write", type=path_argument, metavar="FILE", required=True)
     counts.set_defaults(run=golden)
     options = parser.parse_args(arguments)
     options.run(options)

@@ -28,6 +28,7 @@ from octvideo.benchmark.gpu import PARTS, benchmark_gpu
 from octvideo.benchmark.model import DTYPES, benchmark_model
 from octvideo.benchmark.speed import BenchmarkError
 from octvideo.data.decode import BACKENDS
+from octvideo.files import path_argument
 
 
 def _decoders(text: str) -> list[str]:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--decoders", type=_decoders, default="pyav,decord", metavar="A,B", help=", ".join(BACKENDS))
     data.add_argument("--workers", type=_numbers, default="1,2,4", metavar="N,M")
     sources = commands.add_parser("sources", help="clips to measure decoding on")
-    sources.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    sources.add_argument("--out", type=path_argument, required=True, metavar="FOLDER")
     sources.set_defaults(run=write_sources)
     model = commands.add_parser("model", help="a network against its vanilla twin")
     model.add_argument(
@@ -95,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model.add_argument("--fuse", action="store_true", help="networks in their inference form (octvideo.octave.fuse)")
     model.add_argument("--backend", choices=deploy.BACKENDS, default="eager", help="default eager")
     model.add_argument("--dtype", choices=DTYPES, help="of convolutions and products (default TRAIN.DTYPE)")
-    model.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
+    model.add_argument("--json", type=path_argument, metavar="FILE", help="for all numbers")
     gpu = commands.add_parser("gpu", help="the GPU suite: tests, networks and a training run on one card")
-    gpu.add_argument("--out", type=Path, default=Path("docs/gpu"), metavar="FOLDER", help="default docs/gpu")
+    gpu.add_argument("--out", type=path_argument, default=Path("docs/gpu"), metavar="FOLDER", help="default docs/gpu")
     gpu.add_argument("--budget", type=float, default=480.0, metavar="SECONDS", help="in all (default 480)")
     gpu.add_argument("--parts", type=_parts, default=[part.name for part in PARTS], metavar="A,B", help="default all")
     gpu.add_argument("--toy", action="store_true", help="the same program at toy sizes on the CPU")

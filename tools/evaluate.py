@@ -41,7 +41,7 @@ from octvideo.engine.metrics import most_confused
 from octvideo.engine.results import Results, results_of, view_facts
 from octvideo.engine.scores import AVERAGES, Averaged, ViewScores, aggregate, combine
 from octvideo.errors import UserError
-from octvideo.files import write_atomic
+from octvideo.files import path_argument, write_atomic
 from octvideo.launch import Job, Request
 
 
@@ -275,16 +275,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--cfg", metavar="CONFIG", help="YAML file of the network and the videos")
-    what.add_argument("--scores", type=Path, nargs="+", metavar="FILE", help="scores.npz of earlier tests")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights to test")
+    what.add_argument("--scores", type=path_argument, nargs="+", metavar="FILE", help="scores.npz of earlier tests")
+    parser.add_argument("--checkpoint", type=path_argument, metavar="FILE", help="weights to test")
     parser.add_argument("--clips", type=int, metavar="N", help="clips in time of each video")
     parser.add_argument("--crops", type=int, choices=(1, 3), help="1, the centre, or 3 along the longer side")
     parser.add_argument("--average", choices=AVERAGES, default=AVERAGES[0], help="over views: of softmax or of logits")
     parser.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="of the files, in their order; default: equal"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for what is found; default with --cfg: OUTPUT_DIR")
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="what is found, on one page")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="for what is found; default with --cfg: OUTPUT_DIR"
+    )
+    parser.add_argument("--report", type=path_argument, metavar="FILE.html", help="what is found, on one page")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="with --cfg: e.g. DATA.NUM_WORKERS 8")
     launch.add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)

@@ -29,6 +29,7 @@ from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World
 from octvideo.errors import UserError
+from octvideo.files import path_argument
 from octvideo.octave import fuse
 
 LIMIT = 1e-4  # of the largest logit
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cfg", required=True, metavar="CONFIG", help="YAML file that the network was trained with")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights (default: the newest whole one in OUTPUT_DIR)")
     parser.add_argument("--random-weights", action="store_true", help="go on without trained weights, and say so")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .onnx, .pt2 or .xml")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="ends in .onnx, .pt2 or .xml")
     parser.add_argument("--no-fuse", action="store_true", help="as it was trained, not in its inference form")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. DATA.TEST_CROP 224")
     options = parser.parse_intermixed_args(arguments)  # so that KEY VALUE may stand between the flags

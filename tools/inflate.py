@@ -22,6 +22,7 @@ from torch import Tensor
 
 from octvideo import build, command
 from octvideo.engine import checkpoint
+from octvideo.files import path_argument
 from octvideo.weights import files, mxnet, names
 from octvideo.weights.coverage import Coverage, WeightsError, is_counter
 from octvideo.weights.inflate import HOW, image_shape, inflate
@@ -98,9 +99,11 @@ def _table(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the file does not do, 2 the request was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="FILE", help="weights to read")
+    parser.add_argument(
+        "--from", dest="source", type=path_argument, required=True, metavar="FILE", help="weights to read"
+    )
     parser.add_argument("--cfg", required=True, metavar="CONFIG", help="the network that is to take them")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="checkpoint to write")
     parser.add_argument(
         "--how", choices=sorted(HOW), default="mean", help="share over time, or all at the middle frame"
     )

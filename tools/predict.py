@@ -33,16 +33,17 @@ from octvideo import build, command, config, jobs
 from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.overlay import Font, choose_font, draw_panel, heat_over, lacking, legible
 from octvideo.analysis.saliency import grad_cam
-from octvideo.data.dataset import EvalDataset, unlabelled
+from octvideo.data.dataset import EvalDataset
 from octvideo.data.decode import DecodeError, Video, open_video
 from octvideo.data.encode import EncodeError, write_mp4
 from octvideo.data.images import ImageEvalDataset
+from octvideo.data.lists import unlabelled
 from octvideo.data.transforms import scaled_size, uniform_crops
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World, device_of
 from octvideo.errors import UserError
-from octvideo.files import write_atomic
+from octvideo.files import path_argument, write_atomic
 
 CHUNK = 16  # frames of a video held at a time while it is annotated
 SHOWN_FRAMES = 8  # of a clip in a contact sheet
@@ -493,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--crops", type=int, metavar="N", help="crops per clip, 1 or 3 (default: TEST.CROPS)")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name (default 5)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for what is written (default OUTPUT_DIR/predictions)"
+        "--out", type=path_argument, metavar="FOLDER", help="for what is written (default OUTPUT_DIR/predictions)"
     )
     parser.add_argument("--annotate", action="store_true", help="write VIDEO_annotated.mp4")
     parser.add_argument("--saliency", action="store_true", help="write VIDEO_saliency.png; with --annotate an mp4 too")

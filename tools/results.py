@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from octvideo import command
 from octvideo.errors import RunError
+from octvideo.files import path_argument
 
 COLUMNS = ["run", "top-1 %", "videos", "views", "multiply-adds (G)", "parameters (M)", "train clips/s", "test clips/s"]
 
@@ -75,7 +76,7 @@ def _checked(folder: Path, read: Callable[[Path], list[Any]]) -> list[Any]:
 @command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("folders", nargs="+", type=path_argument, metavar="OUTPUT_DIR")
     parser.add_argument("--losses", nargs="+", type=int, default=[], metavar="STEP", help="the training loss instead")
     options = parser.parse_args(arguments)
     print(table(options.folders, options.losses))

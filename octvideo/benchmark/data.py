@@ -25,8 +25,8 @@ from octvideo import build
 from octvideo.benchmark import peers
 from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn
 from octvideo.data import transforms
-from octvideo.data.dataset import VideoList
 from octvideo.data.decode_pyav import PyAVVideo
+from octvideo.data.lists import VideoList
 from octvideo.engine.distributed import World
 from octvideo.files import write_atomic
 

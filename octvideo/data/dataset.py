@@ -1,24 +1,21 @@
-"""The annotation list with its checks, and the way from a line of it to a clip: sample, decode, transform."""
+"""The way from a line of a list to a clip: sample, decode, transform."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import traceback
-from array import array
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from octvideo.data.augment import check_rand_augment, rand_augment
-from octvideo.data.decode import BACKENDS, DecodeError, Video, member_of, open_video
+from octvideo.data.decode import BACKENDS, DecodeError, Video, open_video
+from octvideo.data.lists import VideoList
 from octvideo.data.sampling import POLICIES, SHORT, eval_indices, seeded_generator, train_indices
 from octvideo.data.transforms import (
     random_crop,
@@ -28,159 +25,9 @@ from octvideo.data.transforms import (
     to_clip,
     uniform_crops,
 )
-from octvideo.errors import UserError
 
 # Frames held at full size at a time: the 80 of ten test clips would be 500 MB at 1080p, in every worker.
 CHUNK = 32
-
-
-class ListError(UserError, ValueError):
-    """An annotation list that cannot be used. The text names every problem with its line and its remedy."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class VideoList:
-    """The videos of an annotation list, in its order; for an image network, the images.
-
-    All paths are one byte buffer: a million cost tens of MB, and forked workers share them. A list of strings they
-    would not: looking at a string writes its reference count, and so copies the memory page.
-    """
-
-    source: str
-    prefix: str
-    names: bytes
-    ends: np.ndarray  # int64 [len], where each name ends in `names`
-    labels: np.ndarray  # int64 [len]
-    lines: np.ndarray  # int32 [len], line numbers in the list, from 1
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:
-        return f"VideoList({self.source!r}, {len(self)} videos)"
-
-    def path(self, index: int) -> str:
-        return str(Path(self.prefix, self.name(index)))
-
-    def name(self, index: int) -> str:
-        """The path as the list has it."""
-        begin = self.ends[index - 1] if index else 0
-        return self.names[begin : self.ends[index]].decode()
-
-    def label(self, index: int) -> int:
-        return int(self.labels[index])
-
-    def place(self, index: int) -> str:
-        """LIST:LINE, for messages."""
-        return f"{self.source}:{self.lines[index]}"
-
-
-def unlabelled(paths: Sequence[str], source: str) -> VideoList:
-    """Files that are in no list; their label is -1. source: where the paths are from, for messages."""
-    names = [path.encode() for path in paths]
-    ends, labels = np.cumsum([len(name) for name in names], dtype=np.int64), np.full(len(names), -1, np.int64)
-    return VideoList(source, "", b"".join(names), ends, labels, np.arange(1, len(names) + 1, dtype=np.int32))
-
-
-def read_list(
-    path: str,
-    *,
-    num_classes: int,
-    prefix: str = "",
-    separator: str = " ",
-    require_all_classes: bool = False,
-    check_files: bool = True,
-    max_problems: int = 20,
-) -> VideoList:
-    """Read lines `path label`, UTF-8; the label is what follows the last separator, so paths may contain it.
-
-    Blank lines and lines that start with # are skipped. Relative paths are taken from the folder `prefix`.
-    Errors: ListError naming all problems at once, each with its line, up to `max_problems`.
-    """
-    videos, problems = _parse(path, prefix, separator, num_classes)
-    problems += _duplicates(videos)
-    if check_files:
-        is_shard = cache(os.path.isfile)  # a shard holds many videos and is looked for once
-        for index in range(len(videos)):
-            path_of_one = videos.path(index)
-            member = member_of(path_of_one)
-            if not (os.path.isfile(path_of_one) if member is None else is_shard(member.tar)):  # noqa: PTH113, a Path is slow
-                text = f"no file {path_of_one!r}; check the path and the prefix {prefix!r}"
-                problems.append((int(videos.lines[index]), text))
-    if require_all_classes and len(videos):
-        problems += _classes_without_video(videos, num_classes)
-    if not len(videos) and not problems:
-        raise ListError(f"{path}: the list is empty; give one video per line: path{separator}label")
-    if problems:
-        # Line 0 stands for the list as a whole; it comes last.
-        problems.sort(key=lambda problem: problem[0] or np.inf)
-        shown = [f"{path}:{line}: {text}" if line else f"{path}: {text}" for line, text in problems[:max_problems]]
-        if len(problems) > max_problems:
-            shown.append(f"... and {len(problems) - max_problems} more")
-        raise ListError("\n".join([f"{len(problems)} problem(s) in the list {path}", *shown]))
-    return videos
-
-
-def _parse(path: str, prefix: str, separator: str, num_classes: int) -> tuple[VideoList, list[tuple[int, str]]]:
-    """The lines that have a path and an integer label, and what is wrong with the list: (line, text)."""
-    names, ends, labels, lines = bytearray(), array("q"), array("q"), array("i")
-    problems: list[tuple[int, str]] = []
-    try:
-        with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not line or line.startswith("#"):
-                    continue
-                name, found, label = line.rpartition(separator)
-                name = name.strip()
-                if not found or not name:
-                    problems.append((number, f"no label in {line!r}; write path{separator}label"))
-                    continue
-                try:
-                    value = int(label)
-                except ValueError:
-                    text = f"label {label!r} of {name!r} is no integer; write path{separator}label"
-                    problems.append((number, text))
-                    continue
-                if not 0 <= value < num_classes:
-                    text = (
-                        f"label {value} of {name!r} is outside 0..{num_classes - 1}; MODEL.NUM_CLASSES is {num_classes}"
-                    )
-                    problems.append((number, text))
-                names += name.encode()
-                ends.append(len(names))
-                labels.append(value)
-                lines.append(number)
-    except UnicodeDecodeError as error:
-        text = f"byte 0x{error.object[error.start]:02x} is not UTF-8 text; is this a list? save it as UTF-8"
-        raise ListError(f"{path}:{number}: {text}") from error
-    except OSError as error:
-        raise ListError(f"{path}: the list cannot be read ({error.strerror}); check its path") from error
-    columns = [np.array(column, dtype) for column, dtype in ((ends, "i8"), (labels, "i8"), (lines, "i4"))]
-    return VideoList(path, prefix, bytes(names), *columns), problems
-
-
-def _duplicates(videos: VideoList) -> list[tuple[int, str]]:
-    # Compared by hash: a dictionary of a million names would be several times the size of the list itself.
-    hashes = np.array([hash(videos.name(index)) for index in range(len(videos))], np.int64)
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    problems = []
-    for index in np.flatnonzero(first[group] != np.arange(len(videos))).tolist():
-        earlier = int(first[group[index]])
-        if videos.name(earlier) == videos.name(index):
-            text = f"{videos.name(index)!r} is listed already in line {videos.lines[earlier]}; remove one of them"
-            problems.append((int(videos.lines[index]), text))
-    return problems
-
-
-def _classes_without_video(videos: VideoList, num_classes: int) -> list[tuple[int, str]]:
-    named = np.unique(videos.labels[(videos.labels >= 0) & (videos.labels < num_classes)])
-    absent = np.setdiff1d(np.arange(num_classes), named).tolist()
-    if not absent:
-        return []
-    some = ", ".join(map(str, absent[:10])) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
-    text = f"MODEL.NUM_CLASSES is {num_classes} but the list names {len(named)} classes: no video for {some}"
-    return [(0, f"{text}; correct the number or add videos of these classes")]
 
 
 class Failure(NamedTuple):

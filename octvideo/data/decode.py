@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from octvideo.errors import RunError, UserError
+from octvideo.files import open_regular
 
 
 class DecodeError(RunError, ValueError):
@@ -93,8 +93,13 @@ class Member(NamedTuple):
 
 
 def member_of(path: str) -> Member | None:
-    """What a path of the form TAR:OFFSET:SIZE:NAME names, None for other paths. TAR ends in .tar; no file is touched."""
-    found = re.fullmatch(r"(.+?\.tar):([0-9]+):([0-9]+):(.+)", path, re.DOTALL)
+    """Return what a path of the form TAR:OFFSET:SIZE:NAME names, None for other paths. TAR ends in .tar; no file is touched.
+
+    OFFSET and SIZE have up to 40 digits.
+    """
+    if ".tar:" not in path:  # a search of a long path takes as long as a look at its file
+        return None
+    found = re.fullmatch(r"(.+?\.tar):([0-9]{1,40}):([0-9]{1,40}):(.+)", path, re.DOTALL)
     return Member(found[1], int(found[2]), int(found[3]), found[4]) if found else None
 
 
@@ -114,7 +119,7 @@ def _check_member(path: str, member: Member) -> None:
     last = member.offset + member.size
     header = b""
     try:
-        with Path(member.tar).open("rb") as file:
+        with open_regular(member.tar) as file:
             end = file.seek(0, 2)
             if tarfile.BLOCKSIZE <= member.offset < last <= end:
                 file.seek(member.offset - tarfile.BLOCKSIZE)

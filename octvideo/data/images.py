@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from octvideo.data.augment import check_rand_augment, rand_augment
-from octvideo.data.dataset import ListError, Sample, VideoList, failed_sample, read_list
+from octvideo.data.dataset import Sample, failed_sample
 from octvideo.data.decode import DecodeError
+from octvideo.data.lists import Columns, ListError, Problems, VideoList, counted, read_list, repeated
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import random_flip, random_resized_box, scaled_size, uniform_crops
+from octvideo.errors import shown
+from octvideo.files import unprintable
 
 ENDINGS = ("jpg", "jpeg", "png", "bmp", "webp", "ppm", "tif", "tiff")
 # Named, because of the formats that Pillow tries by itself one (EPS) starts a program. Endings do not decide: there
@@ -74,70 +77,91 @@ def read_images(
 
 
 def _read_folder(path: str, num_classes: int, require_all_classes: bool, max_problems: int) -> VideoList:
-    names, ends, labels = bytearray(), array("q"), array("q")
+    columns, hashes, walk, problems = Columns(), array("q"), _Walk(path), Problems(max_problems)
     try:
-        folders, strays = _listing(path)
+        folders, strays = walk.listing("")
         if len(folders) != num_classes:  # said at once: the wrong folder may be a long walk
             text = f"{len(folders)} class folders, but MODEL.NUM_CLASSES is {num_classes}"
             raise ListError(f"{path}: {text}; correct the number or the path")
-        problems = [f"{path}/{name}: lies in no class folder; move it into one" for name in strays]
+        for name, _ in strays:
+            problems.add(0, f"{path}/{name}", "lies in no class folder; move it into one")
         for label, folder in enumerate(folders):
-            first = len(labels)
-            for name in sorted(_files(path, folder)):
-                problem = _problem(name)
-                if problem:
-                    problems.append(f"{path}/{name}: {problem}")
+            first = len(columns.labels)
+            for name, file in sorted(walk.files(folder)):
+                if problem := _problem(name):
+                    problems.add(label, f"{path}/{name}", problem)
                     continue
-                names += name.encode()
-                ends.append(len(names))
-                labels.append(label)
-            if require_all_classes and len(labels) == first:
-                problems.append(f"{path}/{folder}: no image of class {label}; add some or remove the folder")
+                columns.add(name, label, len(columns.labels) + 1)
+                hashes.append(file)
+            if require_all_classes and len(columns.labels) == first:
+                problems.add(label, f"{path}/{folder}", f"no image of class {label}; add some or remove the folder")
     except OSError as error:
         raise ListError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
-    if not labels and not problems:
+    images = columns.videos(path, path, counted(walk.skipped, "hidden or *.txt file"))
+    _check_repeated(images, np.array(hashes, np.int64), problems)
+    problems.raise_any(f"in the folder {path}")
+    if not len(images):
         raise ListError(f"{path}: no image in any class folder; check the path")
-    if problems:
-        more = [f"... and {len(problems) - max_problems} more"] if len(problems) > max_problems else []
-        head = f"{len(problems)} problem(s) in the folder {path}"
-        # A name that is no UTF-8 cannot be printed as it is.
-        text = "\n".join([head, *problems[:max_problems], *more]).encode(errors="backslashreplace").decode()
-        raise ListError(text)
-    lines = np.arange(1, len(labels) + 1, dtype=np.int32)
-    return VideoList(path, path, bytes(names), np.array(ends, np.int64), np.array(labels, np.int64), lines)
+    return images
+
+
+def _check_repeated(images: VideoList, hashes: np.ndarray, problems: Problems) -> None:
+    """Add the files that are in the folder twice, by links."""
+
+    def same(one: int, other: int) -> bool:
+        return Path(images.path(one)).samefile(images.path(other))
+
+    for index, earlier in repeated(hashes, same):
+        text = f"is the file {shown(images.path(earlier), 300)}; remove one of them"
+        problems.add(images.label(index), images.path(index), text)
 
 
 def _problem(name: str) -> str:
     """What is wrong with the name of a file; "" if nothing is."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
+    if problem := unprintable(name):
+        return f"its name {problem}; rename it"
     if name.rpartition(".")[2].lower() not in ENDINGS:
         return f"no image by its name; move it away, or save it as one of: {', '.join(ENDINGS)}"
     return ""
 
 
-def _files(root: str, folder: str) -> Iterator[str]:
-    """The files in a folder of `root` and below it, as paths from `root`."""
-    folders, files = _listing(f"{root}/{folder}")
-    yield from (f"{folder}/{name}" for name in files)
-    for name in folders:
-        yield from _files(root, f"{folder}/{name}")
+class _Walk:
+    """The files below a folder. skipped: how many hidden files and folders, and *.txt, were left out."""
+
+    def __init__(self, root: str) -> None:
+        self.root, self.skipped = root, 0
+
+    def files(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield the files in a folder and below it: path from the root, and a hash of device and file number."""
+        folders, files = self.listing(folder)
+        yield from ((f"{folder}/{name}", file) for name, file in files)
+        for name in folders:
+            yield from self.files(f"{folder}/{name}")
+
+    def listing(self, folder: str) -> tuple[list[str], list[tuple[str, int]]]:
+        """Return the names of the folders, and the files with their hashes, in a folder, sorted."""
+        path = f"{self.root}/{folder}"
+        device = Path(path).stat().st_dev
+        folders, files = [], []
+        with os.scandir(path) as entries:  # it knows kind and number of a file without a look at each
+            for entry in entries:
+                if entry.name.startswith(".") or (entry.name.lower().endswith(".txt") and not entry.is_dir()):
+                    self.skipped += 1
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                else:
+                    files.append((entry.name, _hash_of(entry, device)))
+        return sorted(folders), sorted(files)
 
 
-def _listing(folder: str) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the files in a folder, sorted, without hidden ones and *.txt."""
-    folders, files = [], []
-    with os.scandir(folder) as entries:  # it knows what is a folder without a look at each file
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif not entry.name.lower().endswith(".txt"):
-                files.append(entry.name)
-    return sorted(folders), sorted(files)
+def _hash_of(entry: os.DirEntry[str], device: int) -> int:
+    if not entry.is_symlink():
+        return hash((device, entry.inode()))
+    try:
+        found = entry.stat()
+    except OSError:  # a link that leads nowhere: the reader says so
+        return hash(entry.path)
+    return hash((found.st_dev, found.st_ino))
 
 
 def read_image(path: str) -> Image.Image:

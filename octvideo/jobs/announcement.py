@@ -9,6 +9,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from octvideo import build
+from octvideo.data.lists import VideoList
 from octvideo.engine.distributed import World
 from octvideo.engine.log import Log
 from octvideo.engine.train import Progress
@@ -24,12 +25,12 @@ def announce(
     world: World,
     device: torch.device,
     *,
-    videos: int,
+    videos: VideoList,
     epochs: float,
 ) -> None:
-    """Print derived numbers and write the event "run". videos: entries of the training list. epochs: length of the run."""
+    """Print derived numbers and write the event "run". videos: the training list. epochs: length of the run."""
     clip = build.cost(cfg, cfg.DATA.TRAIN_CROP)
-    steps = videos // cfg.TRAIN.BATCH_SIZE
+    steps = len(videos) // cfg.TRAIN.BATCH_SIZE
     octave = f"octave alpha {cfg.OCTAVE.ALPHA:g}, pool {build.octave_pool(cfg)}" if cfg.OCTAVE.ALPHA else "vanilla"
     octave += f", low channels in {cfg.OCTAVE.ROUND_TO}s" if cfg.OCTAVE.ALPHA and cfg.OCTAVE.ROUND_TO > 1 else ""
     kind, unit = ("images", "images") if build.takes_images(cfg) else ("videos", "clips")
@@ -39,13 +40,25 @@ def announce(
         f"{clip.macs.total / 1e9:.3f} G multiply-adds"
     )
     log.say(
-        f"{videos} {kind} in batches of {batch} {unit} ({batch // world.size} on each of {world.size} process(es), "
+        f"{len(videos)} {kind} in batches of {batch} {unit} ({batch // world.size} on each of {world.size} process(es), "
         f"{device.type}), {size}: {steps} steps an epoch, {round(steps * epochs)} in total"
     )
-    for line in [*_rates(cfg, steps), *start.remarks, *_resumption(cfg, start, progress, world)]:
+    left_out = [f"{videos.source}: {videos.left_out} left out"] if videos.left_out else []
+    for line in [
+        *left_out,
+        *build.unused(cfg),
+        *_rates(cfg, steps),
+        *start.remarks,
+        *_resumption(cfg, start, progress, world),
+    ]:
         log.say(line)
-    facts: dict[str, Any] = {"params": clip.params, "macs": clip.macs.total, "world_size": world.size, "videos": videos}
-    facts |= {"steps": steps, "resumed": str(start.path) if start.path else None, "changed": start.changed}
+    facts: dict[str, Any] = {"params": clip.params, "macs": clip.macs.total, "world_size": world.size}
+    facts |= {
+        "videos": len(videos),
+        "steps": steps,
+        "resumed": str(start.path) if start.path else None,
+        "changed": start.changed,
+    }
     facts |= {**surroundings(device), "config": yaml.safe_load(cfg.dump())}
     log.event("run", progress.step, facts)
 

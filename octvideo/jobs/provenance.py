@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import octvideo
-from octvideo.data.dataset import VideoList
+from octvideo.data.lists import VideoList
 from octvideo.files import HOST
 
 TREE = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from octvideo import build
-from octvideo.data.dataset import VideoList
+from octvideo.data.lists import VideoList
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.classes import check_class_order

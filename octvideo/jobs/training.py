@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from octvideo import build
-from octvideo.data.dataset import VideoList
+from octvideo.data.lists import VideoList
 from octvideo.data.loader import Loader, TrainBatches
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
@@ -194,7 +194,7 @@ def train(cfg: CfgNode, world: World, device: torch.device, stop: StopRequest) -
     stop.poll()
     run, start = _prepare(cfg, world, device, stop, videos)
     steps_per_epoch = len(videos) // cfg.TRAIN.BATCH_SIZE
-    announce(cfg, start, run.progress, run.log, world, device, videos=len(videos), epochs=run.epochs)
+    announce(cfg, start, run.progress, run.log, world, device, videos=videos, epochs=run.epochs)
     if world.main:
         write_atomic(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump().encode())
     with run.log, _profiler(run) as profiler:

@@ -1,7 +1,6 @@
 import pickle
 import re
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,9 @@ import torch
 from torch import Tensor
 
 from octvideo.data import dataset as dataset_module
-from octvideo.data.dataset import (
-    Batch,
-    EvalDataset,
-    ListError,
-    Sample,
-    TrainDataset,
-    VideoList,
-    collate,
-    read_list,
-    unlabelled,
-)
+from octvideo.data.dataset import Batch, EvalDataset, Sample, TrainDataset, collate
 from octvideo.data.decode import open_video
+from octvideo.data.lists import VideoList, read_list
 from octvideo.data.loader import Loader, TrainBatches
 
 TRAIN: dict[str, Any] = {
@@ -57,116 +47,6 @@ def videos(clip_file: Callable[[str], str], tmp_path: Path) -> VideoList:
     broken = write(tmp_path / "broken.mp4", b"no video")
     lines = [f"{clip_file('h264, gop 12')} 4", f"{broken} 1", f"{clip_file('mpeg4')} 2"]
     return read_list(write(tmp_path / "list.txt", "\n".join(lines)), num_classes=5)
-
-
-# ---- the list
-
-
-def test_lines_become_paths_and_labels(tmp_path: Path) -> None:
-    text = "# made by hand\n\na.mp4 3\nmy holiday/run 1.mp4 0\r\n   \n/abs/b.mp4 12\n  c.mp4\t 7  \n"
-    videos = read_list(write(tmp_path / "l.txt", text), num_classes=13, prefix="/data", check_files=False)
-    assert len(videos) == 4
-    assert [videos.path(i) for i in range(4)] == [
-        "/data/a.mp4",
-        "/data/my holiday/run 1.mp4",
-        "/abs/b.mp4",
-        "/data/c.mp4",
-    ]
-    assert videos.labels.tolist() == [3, 0, 12, 7]
-    assert [videos.label(i) for i in range(4)] == [3, 0, 12, 7]
-    assert videos.place(1) == f"{tmp_path}/l.txt:4"
-    assert repr(videos) == f"VideoList('{tmp_path}/l.txt', 4 videos)"
-
-
-def test_files_without_a_list() -> None:
-    files = unlabelled(["a b/größe.mp4", "/c.mp4", "d.tar:512:9:e.mp4"], "the command line")
-    assert [files.path(index) for index in range(len(files))] == ["a b/größe.mp4", "/c.mp4", "d.tar:512:9:e.mp4"]
-    assert files.label(2) == -1 and files.place(1) == "the command line:2"
-    assert len(unlabelled([], "nowhere")) == 0
-
-
-def test_other_separators_and_a_byte_order_mark(tmp_path: Path) -> None:
-    text = "\ufeffa, b.mp4,3\nübung.mp4, 1\n"
-    videos = read_list(write(tmp_path / "l.csv", text), num_classes=4, separator=",", check_files=False)
-    assert [videos.path(i) for i in range(2)] == ["a, b.mp4", "übung.mp4"]
-    assert videos.labels.tolist() == [3, 1]
-
-
-def test_all_problems_at_once_with_their_lines(tmp_path: Path) -> None:
-    (tmp_path / "ok.mp4").touch()
-    text = "ok.mp4 0\nok.mp4\nok.mp4 x\nok.mp4 8\nok.mp4 -1\n\ngone.mp4 1\nok.mp4 2\n"
-    path = write(tmp_path / "l.txt", text)
-    with pytest.raises(ListError) as caught:
-        read_list(path, num_classes=8, prefix=str(tmp_path))
-    lines = str(caught.value).splitlines()
-    again = "'ok.mp4' is listed already in line 1; remove one of them"
-    assert lines == [
-        f"8 problem(s) in the list {path}",
-        f"{path}:2: no label in 'ok.mp4'; write path label",
-        f"{path}:3: label 'x' of 'ok.mp4' is no integer; write path label",
-        f"{path}:4: label 8 of 'ok.mp4' is outside 0..7; MODEL.NUM_CLASSES is 8",
-        f"{path}:4: {again}",
-        f"{path}:5: label -1 of 'ok.mp4' is outside 0..7; MODEL.NUM_CLASSES is 8",
-        f"{path}:5: {again}",
-        f"{path}:7: no file '{tmp_path}/gone.mp4'; check the path and the prefix '{tmp_path}'",
-        f"{path}:8: {again}",
-    ]
-
-
-def test_many_problems_are_cut(tmp_path: Path) -> None:
-    path = write(tmp_path / "l.txt", "".join(f"{i}.mp4 9\n" for i in range(30)))
-    with pytest.raises(ListError) as caught:
-        read_list(path, num_classes=9, check_files=False, max_problems=3)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == f"30 problem(s) in the list {path}"
-    assert [line.split(":")[1] for line in lines[1:4]] == ["1", "2", "3"]
-    assert lines[4:] == ["... and 27 more"]
-
-
-def test_classes_without_a_video(tmp_path: Path) -> None:
-    path = write(tmp_path / "l.txt", "".join(f"{i}.mp4 {i}\n" for i in range(6)))
-    message = "MODEL.NUM_CLASSES is 8 but the list names 6 classes: no video for 6, 7; correct the number or add"
-    with pytest.raises(ListError, match=message):
-        read_list(path, num_classes=8, require_all_classes=True, check_files=False)
-    assert len(read_list(path, num_classes=8, check_files=False)) == 6
-    assert len(read_list(path, num_classes=6, require_all_classes=True, check_files=False)) == 6
-    with pytest.raises(ListError, match=r"no video for 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 384 more;"):
-        read_list(path, num_classes=400, require_all_classes=True, check_files=False)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the list is empty; give one video per line: path label"),
-        (b"# nothing\n\n", "the list is empty"),
-        (b"a.mp4 0\nb\xff.mp4 1\n", "list:2: byte 0xff is not UTF-8 text; is this a list"),
-        (b"\x00\x00\x00\x18ftypmp42\x00\x80\x93", "list:1: byte 0x80 is not UTF-8 text"),
-    ],
-)
-def test_files_that_are_no_list(content: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ListError, match=message):
-        read_list(write(tmp_path / "list", content), num_classes=2, check_files=False)
-
-
-def test_no_list_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ListError, match=r"gone.txt: the list cannot be read \(No such file or directory\)"):
-        read_list(str(tmp_path / "gone.txt"), num_classes=2)
-    with pytest.raises(ListError, match=r"the list cannot be read \(Is a directory\); check its path"):
-        read_list(str(tmp_path), num_classes=2)
-
-
-def test_a_long_list_is_compact(tmp_path: Path) -> None:
-    """20 bytes a video and the text of its path; nothing is left of the reading."""
-    path = write(tmp_path / "l.txt", "".join(f"class_{i % 400}/video_{i:07d}.mp4 {i % 400}\n" for i in range(30_000)))
-    tracemalloc.start()
-    videos = read_list(path, num_classes=400, require_all_classes=True, check_files=False)
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert videos.path(29_999) == "class_399/video_0029999.mp4"
-    assert kept < 30_000 * (20 + 28)
-    assert peak < 30_000 * 200
-    assert isinstance(videos.names, bytes)
-    assert (videos.labels.dtype, videos.ends.dtype) == (np.int64, np.int64)
 
 
 # ---- training

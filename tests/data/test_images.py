@@ -1,6 +1,8 @@
 import io
+import os
 import pickle
 import tracemalloc
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from torch import Tensor
 
 from octvideo.data import images as images_module
 from octvideo.data.augment import rand_augment
-from octvideo.data.dataset import Batch, ListError, VideoList
+from octvideo.data.dataset import Batch
 from octvideo.data.decode import DecodeError
 from octvideo.data.images import ImageEvalDataset, ImageTrainDataset, read_image, read_images
+from octvideo.data.lists import ListError, VideoList
 from octvideo.data.loader import EvalBatches, Loader, TrainBatches
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import random_resized_box
@@ -64,6 +67,7 @@ def test_folders_are_classes_in_sorted_order(folder: Path) -> None:
     assert images.labels.tolist() == [0, 0, 0, 1, 1, 2]
     assert images.path(3) == f"{folder}/n02/a.jpg"
     assert images.place(3) == f"{folder}:4"
+    assert images.left_out == "6 hidden or *.txt files"
     assert (images.ends.dtype, images.labels.dtype, images.lines.dtype) == (np.int64, np.int64, np.int32)
 
 
@@ -109,13 +113,26 @@ def test_names_that_are_no_text(folder: Path) -> None:
         Path(bytes(folder / "n01").decode() + "/\udcff.jpg").touch()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(ListError, match=r"n01/\\udcff.jpg: its name is not UTF-8; rename it"):
+    with pytest.raises(ListError, match=r"n01/\\udcff.jpg: its name contains the undecodable character '\\udcff'"):
         read_images(str(folder), num_classes=3)
 
 
 def test_links_that_go_in_circles_end_in_an_error(folder: Path) -> None:
     (folder / "n01" / "again").symlink_to(folder / "n01")
     with pytest.raises(ListError, match="cannot be read"):
+        read_images(str(folder), num_classes=3)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_that_is_in_two_classes_by_a_link(folder: Path, link: Callable[[Path, Path], None]) -> None:
+    link(folder / "n02" / "a.jpg", folder / "n10" / "other.jpg")
+    with pytest.raises(ListError, match=r"1 problem.*\n.*/n10/other.jpg: is the file '.*/n02/a.jpg'; remove one"):
+        read_images(str(folder), num_classes=3)
+
+
+def test_images_whose_names_would_end_a_line(folder: Path) -> None:
+    (folder / "n01" / "a\nb.jpg").touch()
+    with pytest.raises(ListError, match=r"/n01/a\\nb.jpg: its name contains the control character '\\n'"):
         read_images(str(folder), num_classes=3)
 
 
@@ -139,6 +156,7 @@ def test_a_large_folder_is_compact(tmp_path: Path) -> None:
         (tmp_path / f"n{label}").mkdir()
         for index in range(500):
             (tmp_path / f"n{label}" / f"{index:04d}.JPEG").touch()
+    read_images(str(tmp_path), num_classes=4)  # Python keeps the tuples of the first call for others
     tracemalloc.start()
     images = read_images(str(tmp_path), num_classes=4)
     kept, _ = tracemalloc.get_traced_memory()

@@ -13,7 +13,8 @@ import av
 import pytest
 import torch
 
-from octvideo.data.dataset import Batch, EvalDataset, Replacing, Sample, TrainDataset, VideoList, read_list
+from octvideo.data.dataset import Batch, EvalDataset, Replacing, Sample, TrainDataset
+from octvideo.data.lists import VideoList, read_list
 from octvideo.data.loader import EvalBatches, Loader, LoaderError, TrainBatches
 
 

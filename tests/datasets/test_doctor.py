@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from datasets import doctor, kinetics
-from octvideo.data.dataset import read_list
 from octvideo.data.decode import Video, open_video
+from octvideo.data.lists import read_list
 from tests.data.conftest import silence, write_clip
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "kinetics.py"

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from datasets import doctor, kinetics, resizing
-from octvideo.data.dataset import read_list
 from octvideo.data.decode import open_video
+from octvideo.data.lists import read_list
 from tests.data.conftest import code_image, read_codes, remux, write_clip  # noqa: F401  # read_codes is a fixture
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "kinetics.py"
@@ -251,9 +251,9 @@ def test_paths_that_no_list_can_hold(tmp_path: Path) -> None:
     run_index(tmp_path, tmp_path / "a.csv")
     assert (tmp_path / "out" / "val.txt").read_text() == f"ok/{TRICKY[2]}.mp4 0\n"
     assert (tmp_path / "out" / "unexpected.txt").read_text().splitlines() == [
-        f"# c/{TRICKY[1]}.mp4\tits path begins with a space or #: rename it",
-        f"a\\nb/{TRICKY[0]}.mp4\tits path has a line break: rename it",
-        f"\\udcff/{TRICKY[3]}.mp4\tits path is not UTF-8: rename it",
+        f"# c/{TRICKY[1]}.mp4\tits path begins with a space or #, or ends with a space: rename it",
+        f"a\\nb/{TRICKY[0]}.mp4\tits path contains the control character '\\n': rename it",
+        f"\\udcff/{TRICKY[3]}.mp4\tits path contains the undecodable character '\\udcff': rename it",
     ]
 
 
@@ -262,10 +262,18 @@ def test_paths_that_no_list_can_hold(tmp_path: Path) -> None:
     [
         (b"", "a.csv:1: lacks the columns youtube_id, time_start, time_end; it has nothing"),
         (b"air drumming/-VtLx-mcPds_000012_000022\n", "it has air drumming/-VtLx-mcPds_000012_000022"),
-        (HEADER.encode() + b"yoga,\xff\xfe,1,2,val,0\n", "a.csv is not UTF-8 text"),
-        (HEADER.encode() + b'yoga,"' + b"x" * 200_000 + b'",1,2,val,0\n', "a.csv:2: field larger than field limit"),
+        (HEADER.encode() + b"yoga,\xff\xfe,1,2,val,0\n", "a.csv:2: byte 0xff is not UTF-8 text; is this a csv?"),
+        (
+            HEADER.encode() + b'yoga,"' + b"x" * 200_000 + b'",1,2,val,0\n',
+            "a.csv:2: the line is longer than 65536 bytes",
+        ),
+        (HEADER.encode() + b'yoga,"' + b"x\n" * 100_000 + b'",1,2,val,0\n', ": field larger than field limit"),
+        (
+            HEADER.replace("\n", ",split\n").encode() + b"yoga,a,1,2,val,0,val\n",
+            "a.csv:1: has the column 'split' twice",
+        ),
     ],
-    ids=["empty", "a list", "binary", "one huge cell"],
+    ids=["empty", "a list", "binary", "one huge line", "one huge cell", "a column twice"],
 )
 def test_annotations_that_are_no_csv(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, told: str
@@ -640,7 +648,7 @@ def test_lists_that_cannot_be_resized(tmp_path: Path, videos: Path, capsys: pyte
         ("../a.mp4 0\n", "l.txt:1: '../a.mp4' leads out of the prefix"),
         ("/etc/a.mp4 0\n", "l.txt:1: '/etc/a.mp4' leads out of the prefix"),
         ("a.mp4\n", "l.txt:1: no label in 'a.mp4'"),
-        ("a.mp4 99999999999999999999\n", "a label is no number of a class"),
+        ("a.mp4 99999999999999999999\n", "l.txt:1: label '99999999999999999999' of 'a.mp4' is not an integer"),
         ("", "the list is empty"),
     ):
         listed.write_text(lines)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from datasets import kinetics, shards
-from octvideo.data.dataset import read_list
 from octvideo.data.decode import open_video
+from octvideo.data.lists import read_list
 from tests.data.conftest import write_clip
 
 LONG = "x" * 120 + "/" + "y" * 120 + ".mp4"  # does not fit into a plain header
@@ -135,8 +135,8 @@ def test_missing_files_are_named_before_anything_is_written(folder: Path, capsys
     [
         ("../train.txt 0\n", "train.txt:1: '../train.txt' leads out of the prefix"),
         ("/etc/passwd 0\n", "train.txt:1: '/etc/passwd' leads out of the prefix"),
-        ("b/a.mp4 0\nb//a.mp4 0\n", "train.txt:2: 'b/a.mp4' is listed already"),
-        ("b/a.mp4 zero\n", "label 'zero' of 'b/a.mp4' is no integer"),
+        ("b/a.mp4 0\nb//a.mp4 0\n", "train.txt:2: 'b//a.mp4' is the file 'b/a.mp4' of line 1"),
+        ("b/a.mp4 zero\n", "label 'zero' of 'b/a.mp4' is not an integer"),
         ("", "the list is empty"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from datasets import kinetics, motion
-from octvideo.data.dataset import EvalDataset, ListError, TrainDataset, read_list
+from octvideo.data.dataset import EvalDataset, TrainDataset
+from octvideo.data.lists import ListError, read_list
 from octvideo.data.loader import Loader, TrainBatches
 
 

@@ -372,7 +372,7 @@ def test_class_names_are_those_beside_the_list_and_go_into_the_checkpoint(videos
     error = run(arguments(tmp_path / "videos", tmp_path / "no"), status=2)[1]
     assert f"class names in {names}: 1 problem(s)\n  3 names, 3 of them different, for MODEL.NUM_CLASSES 2" in error
     error = run(arguments(videos, tmp_path / "no", "DATA.CLASS_NAMES", str(tmp_path / "gone.txt")), status=2)[1]
-    assert "gone.txt: 1 problem(s)\n  cannot be read" in error
+    assert "gone.txt: the file of class names cannot be read (No such file or directory)" in error
     assert not (tmp_path / "no").exists()
 
 

@@ -70,7 +70,7 @@ def events(out: Path, kind: str) -> list[dict]:
 def test_the_paper_s_network_trains_and_tests_from_folders_and_the_val_list(images: Path, tmp_path: Path) -> None:
     cfg = str(ROOT / "configs/imagenet/oct_resnet50_a0.125.yaml")
     said, _ = run(images, tmp_path / "run", cfg=cfg)
-    assert "8 images in batches of 4 images" in said and "32 x 32: 2 steps an epoch, 4 in all" in said
+    assert "8 images in batches of 4 images" in said and "32 x 32: 2 steps an epoch, 4 in total" in said
     assert "octave alpha 0.125, pool (2, 2)" in said and "5 of 5 images scored with 1 view(s) each" in said
     assert result(tmp_path / "run")["videos_scored"] == 5
     assert result(tmp_path / "run")["input"] == [3, 32, 32]
