@@ -102,10 +102,11 @@ class _Run:
         self.unread.read()
         self.failures.share(self.progress.step)
         ranks = gather_objects({"random": _random_state(self.device), "meter": self.meter.state_dict()})
-        folder, step = Path(self.cfg.OUTPUT_DIR), self.progress.step
+        cfg, step = self.cfg, self.progress.step
+        folder = Path(cfg.OUTPUT_DIR)
         if self.world.main:
             self.log.flush()  # a resumed run continues after this step and does not repeat its events
-            checkpoint.save(folder, step, self.state(ranks), keep=self.cfg.TRAIN.KEEP_CHECKPOINTS)
+            checkpoint.save(folder, step, self.state(ranks), keep=cfg.TRAIN.KEEP_CHECKPOINTS)
         barrier(f"checkpoint of step {step}")
         return checkpoint.path_of(folder, step)
 
