@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from octvideo import streams
+from octvideo.engine.board import Board
 from octvideo.files import WriteError, append, write_atomic, write_error
 
 _LAST = sys.maxsize  # the step of a line that is no event
@@ -30,7 +30,7 @@ class Log:
     def __init__(self, folder: Path, *, main: bool, step: int | None = None, again: Collection[str] = ()) -> None:
         self.main = main
         self.path, self.text = folder / "metrics.jsonl", folder / "log.txt"
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
         self._pending: list[dict[str, Any]] = []
         self._unwritten = ""
         self._complained: set[str] = set()
@@ -42,8 +42,7 @@ class Log:
         except OSError as error:
             raise write_error(self.path, error, "nothing was started") from error
         with self._board_errors():
-            _rename_later_files(folder / "tensorboard")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self.board = Board(folder / "tensorboard", purge_step=step)
             for record in here:  # TensorBoard forgets step `step` as a whole
                 self._to_board(record)
 
@@ -106,11 +105,11 @@ class Log:
     def _to_board(self, record: dict[str, Any]) -> None:
         if self.board is None:
             return
-        when = record["time"] if isinstance(record["time"], float) else None
+        when = record["time"] if isinstance(record["time"], float) else time.time()
         with self._board_errors():
             for name, value in record.items():
                 if isinstance(value, int | float) and not isinstance(value, bool) and name not in ("step", "time"):
-                    self.board.add_scalar(f"{record['event']}/{name}", value, record["step"], when)
+                    self.board.add(f"{record['event']}/{name}", value, record["step"], when)
 
     def step_line(self, step: int, values: dict[str, Any]) -> None:
         """Print the numbers of a training event where no live bar shows them (a file, a cluster's log)."""
@@ -173,7 +172,10 @@ class Log:
         try:
             yield
         except OSError as error:
-            self.board = None
+            board, self.board = self.board, None
+            with contextlib.suppress(OSError):
+                if board is not None:
+                    board.close()
             self._complain("board", f"TensorBoard is not written any more ({error}); {self.path} has all numbers")
 
 
@@ -234,20 +236,3 @@ def _event_of(line: bytes) -> dict[str, Any]:
         if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
             return {"time": None, **event}
     return {"event": "", "step": _LAST}
-
-
-def _rename_later_files(folder: Path) -> None:
-    """Let all event files of earlier starts come before a new one in the order of their names, in which TensorBoard reads.
-
-    A name begins with the second of its start. A second start within that second, or after the clock was set back, would
-    otherwise be read first.
-    """
-    files = sorted(folder.glob("events.out.tfevents.*"))
-    now = int(time.time())
-    stamps = [path.name.split(".")[3] for path in files]
-    if all(stamp.isdecimal() and int(stamp) < now for stamp in stamps):
-        return
-    for number, path in enumerate(files):
-        name = path.name.split(".")
-        name[3] = f"{now - len(files) + number:010d}"
-        path.rename(path.with_name(".".join(name)))

@@ -1,4 +1,4 @@
-"""Ten runs of `make torture`: interrupted anywhere and resumed, a run ends with the bits and the history of an undisturbed one."""
+"""Ten runs of `make torture`: interrupted and resumed, a run ends with the bits and history of an undisturbed one."""
 
 import os
 import re
