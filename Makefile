@@ -1,13 +1,15 @@
 # make demo   a virtual environment, the motion data, three small networks trained and tested, one table
 # make test   the tests;  make test-slow   those of minutes;  make lint   ruff and mypy
 # make test-slurm   those that need a SLURM: starts one here, and stops it (root; tests/slurm/cluster.sh check)
+# make torture RUNS=200   interrupts training anywhere, resumes it, and compares everything with an undisturbed run
 # make gpu    the GPU suite (docs/gpu.md): by PYTHON if it has torch, so without an installation, else by the environment
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := c2d_tiny i3d_tiny oct_i3d_tiny
+RUNS ?= 200
 
-.PHONY: demo gpu test test-slow test-slurm lint format install clean
+.PHONY: demo gpu test test-slow test-slurm torture lint format install clean
 
 install: $(VENV)/installed
 
@@ -35,6 +37,9 @@ test-slow: install
 
 test-slurm: install
 	OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -n 0 tests/slurm
+
+torture: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture --runs $(RUNS)
 
 gpu:
 	if $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \

@@ -1,6 +1,5 @@
-"""Killed at any moment and started again, a run ends with the weights and the history of one that was not."""
+"""Stopped by a signal or killed, started again with other process counts: what test_torture.py does not do."""
 
-import random
 import signal
 from pathlib import Path
 
@@ -24,44 +23,6 @@ def unharmed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unharmed") / "run"
     Run(data, out).finish()
     return out
-
-
-def kill_and_go_on(data: Path, out: Path, processes: int, seed: int, kills: int) -> None:
-    draw = random.Random(seed)
-    run = Run(data, out, processes)
-    for kill in range(kills):
-        at = draw.randrange(2, STEPS - 4) if kill == 0 else run.steps() + draw.randrange(0, 8)
-        run.signalled(signal.SIGKILL, min(at, STEPS - 2), draw.uniform(0, 0.05))
-    said = run.finish()
-    assert "resuming " in said
-
-
-def test_killed_twice_in_mid_epoch(data: Path, unharmed: Path, tmp_path: Path) -> None:
-    kill_and_go_on(data, tmp_path / "run", processes=1, seed=0, kills=2)
-    check_same(unharmed, tmp_path / "run")
-
-
-def test_killed_in_mid_save(data: Path, unharmed: Path, tmp_path: Path) -> None:
-    run = Run(data, tmp_path / "run")
-    assert any(run.killed_in_mid_save() for _ in range(4)), "no kill met a save"
-    run.finish()
-    check_same(unharmed, tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".checkpoint_*"))  # what the kill left is gone
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 7))
-def test_killed_at_many_moments(data: Path, unharmed: Path, tmp_path: Path, seed: int) -> None:
-    kill_and_go_on(data, tmp_path / "run", processes=1, seed=seed, kills=4)
-    check_same(unharmed, tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_processes_killed(data: Path, tmp_path: Path, seed: int) -> None:
-    Run(data, tmp_path / "unharmed", 2).finish()
-    kill_and_go_on(data, tmp_path / "run", processes=2, seed=seed, kills=2)
-    check_same(tmp_path / "unharmed", tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])

@@ -28,7 +28,13 @@ FROM_WHERE = {"tested", "checkpoint", "host", "device", "git", "clips_per_s", "c
 
 def differences(one: Path, other: Path) -> list[str]:
     """Return what differs between the output folders of two finished runs, a line each; [] for none."""
-    return [*_of_checkpoints(one, other), *_of_history(one, other), *_of_board(one, other), *_of_test(one, other)]
+    return [
+        *_of_checkpoints(one, other),
+        *_of_history(one, other),
+        *_of_board(one, other),
+        *_of_test(one, other),
+        *_of_lists(one, other),
+    ]
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -42,9 +48,7 @@ def _of_checkpoints(one: Path, other: Path) -> Iterator[str]:
     if a is None or b is None:
         yield "no checkpoint"
         return
-    state, there = ({k: v for k, v in s.items() if k != "config"} for _, s in (a, b))
-    for state_of_run in (state, there):  # times within an epoch are of one process
-        state_of_run.pop("versions")
+    state, there = ({k: v for k, v in s.items() if k not in ("config", "versions")} for _, s in (a, b))
     for name in sorted(state.keys() | there.keys()):
         if not _equal(state.get(name), there.get(name)):
             yield f"checkpoint: {name}"
@@ -92,6 +96,12 @@ def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _of_test(one: Path, other: Path) -> Iterator[str]:
+    tested = [(folder / "test.json").exists() for folder in (one, other)]
+    if tested == [False, False]:  # TEST.ENABLE False
+        return
+    if tested != [True, True]:
+        yield "test.json: only one has it"
+        return
     reports = [
         {k: v for k, v in json.loads((folder / "test.json").read_text()).items() if k not in FROM_WHERE}
         for folder in (one, other)
@@ -102,6 +112,9 @@ def _of_test(one: Path, other: Path) -> Iterator[str]:
     for name in scores[0].files:
         if name != "facts" and not np.array_equal(scores[0][name], scores[1][name]):
             yield f"scores.npz: {name}"
+
+
+def _of_lists(one: Path, other: Path) -> Iterator[str]:
     for name in ("failed.txt", "test_failed.txt", "classes.csv", "confusion.csv"):
         texts = [(folder / name).read_text() if (folder / name).exists() else "" for folder in (one, other)]
         if texts[0] != texts[1]:
