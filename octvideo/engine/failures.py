@@ -48,14 +48,15 @@ class FailureBudget:
         return {"counts": dict(self.counts), "reasons": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint; `file` then has what was logged until it."""
+        """Continue from a checkpoint; `file` then has what was logged until it."""
         self.counts, self.reasons = Counter(state["counts"]), dict(state["reasons"])
         if self.log.main and self.file.exists():
             write_atomic(self.file, _entries(self.file, self.reasons.values()).encode("utf-8", "backslashreplace"))
 
-    def forget(self) -> None:
-        """Forget which files were logged: their numbers are of another list."""
-        self.counts, self.reasons = Counter(), {}
+    def start(self) -> None:
+        """Start from scratch; remove the file of an earlier start, which left no checkpoint."""
+        if self.log.main:
+            self.file.unlink(missing_ok=True)
 
     def add(self, failures: Sequence[Failure], step: int) -> None:
         """Count a batch's failures. step: the one that the batch is for. Raises BudgetError if this rank alone has spent the

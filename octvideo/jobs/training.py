@@ -272,6 +272,9 @@ def _prepare(
     )
     if start.state:
         run.restore(start)
+    else:
+        run.failures.start()
+        run.nonfinite.resume(step=0, skipped=0)
     return run, start
 
 
