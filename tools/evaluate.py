@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from octvideo import build, command, jobs, launch
+from octvideo import build, command, jobs, launch, preflight
 from octvideo.analysis.report import WorstVideo, report_html, spread, thumbnail
 from octvideo.data.decode import DecodeError, member_of, open_video
 from octvideo.data.images import read_image
@@ -81,7 +81,7 @@ def _jobs(options: argparse.Namespace, request: Request) -> list[Job]:
     """The same in other processes; a line of a sweep may give another TEST.CHECKPOINT."""
     if not options.cfg:
         raise RequestError("--slurm and --local go with --cfg; scores are averaged here, in seconds")
-    cfgs = build.load_sweep(options.cfg, [*_flags_as_overrides(options), *options.overrides], request.lines())
+    cfgs = preflight.tasks(request, options.cfg, [*_flags_as_overrides(options), *options.overrides])
     if options.report and len(cfgs) > 1:
         raise RequestError(f"--report {options.report}: {len(cfgs)} tests would write to that one page")
     more = ["--average", options.average, *(["--report", str(options.report)] if options.report else [])]
