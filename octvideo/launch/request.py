@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -105,12 +106,14 @@ class Request:
                 f"--signal-delay-s is {self.signal_delay_s}; allowed: below --time-min's {self.time_min} min"
             )
         for name in NAMES:
-            if (text := getattr(self, name)) is not None and not (text and text.isprintable()):
-                problems.append(f"{_flag(name)} is {text!r}; give a name of the cluster's")
+            if (text := getattr(self, name)) is not None and not (text.isprintable() and _NAME.fullmatch(text)):
+                allowed = "give a name that the cluster defines, without spaces, quotes and backslashes"
+                problems.append(f"{_flag(name)} is {text!r}; {allowed}")
         return problems
 
 
 NAMES = ("partition", "account", "constraint", "qos", "exclude")  # flags whose value is a name that the cluster defines
+_NAME = re.compile(r"(?!-)[^\s'\"\\\\]+")
 
 
 def _flag(name: str) -> str:

@@ -1,17 +1,22 @@
 """SLURM jobs as text, and what their tasks do. Jobs on a SLURM: tests/slurm."""
 
+import argparse
+import contextlib
 import os
+import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from octvideo import launch
 from octvideo.launch import Job, LaunchError, Request, slurm
+from octvideo.launch.request import NAMES
 from tests.end_to_end.runs import ROOT
 from tests.launch.requests import CONFIG
 from tools import run_net
@@ -41,6 +46,79 @@ def test_the_sbatch_text(name: str, lists: list[str], tmp_path: Path, capsys: py
     accept = "accept the change with: OCTVIDEO_ACCEPT=1 python -m pytest tests/launch/test_slurm.py -k sbatch"
     assert text == golden.read_text(), f"not the text of {golden.relative_to(ROOT)}; {accept}"
     assert not (tmp_path / "run").exists()
+
+
+STUBS = """
+srun() { printf '%s\\0' "$@" >> "$CALLS/srun"; return "$STATUS"; }
+squeue() { printf RUNNING; }
+scontrol() { printf '%s\\0' "$@" >> "$CALLS/scontrol"; }
+command_not_found_handle() { printf '%s\\0' "$@" >> "$CALLS/other"; }
+PATH=$CALLS
+"""
+UNPRINTABLE = ["\n", "\r", "\u2028", "\udcff", "\x1b"]
+QUOTING = ["'", '"', "\\", "%j", "%"]
+SHELL = ["touch PWNED", "$(touch PWNED)", ";", "&", "|", ">", "#", "#SBATCH --uid=0", "$HOME", "${", "(", "*", "!", "~"]
+PLAIN = ["-", "--", "=", ",", " ", "a", "é", "映"]
+
+
+def random_text(rng: random.Random) -> str:
+    """Return a text that may hold anything; two in three hold only what the name of a folder may."""
+    pieces = SHELL + PLAIN + (UNPRINTABLE + QUOTING if rng.random() < 1 / 3 else [])
+    return "".join(rng.choices(pieces, k=rng.randint(1, 5)))
+
+
+def text_of(request: Request, output: Path, capsys: pytest.CaptureFixture[str]) -> str | None:
+    """Return the sbatch text, or None if the request is refused."""
+    try:
+        launch.Request.of(argparse.Namespace(**asdict(request)))
+        launch.start(request, slurm.TREE / "tool.py", [Job(output, "")])
+    except LaunchError as error:
+        assert str(error).replace("\n  ", "").isprintable()
+        return None
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_name_ends_a_line_or_a_quote_of_the_sbatch_text(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(seed)
+    tree, output = tmp_path / f"tree{random_text(rng)}", tmp_path / random_text(rng)
+    names = {name: random_text(rng).replace(" ", "_").lstrip("-") or "a" for name in rng.sample(NAMES, 2)}
+    with contextlib.suppress(UnicodeEncodeError):
+        tree.mkdir()
+    monkeypatch.setattr(slurm, "TREE", tree)
+    text = text_of(Request(slurm=True, dry_run=True, gpus_per_node=0, **names), output, capsys)
+    printable = all(text.isprintable() for text in (str(tree), str(output), *names.values()))
+    quoting = set(str(output)) & set("%\\'\"") or set("".join(names.values())) & set("\\'\"")
+    assert (text is not None) == (printable and not quoting)
+    if text is not None:
+        check_text(text, tmp_path, output, names)
+
+
+def check_text(text: str, folder: Path, output: Path, names: dict[str, str]) -> None:
+    """Run the text with stubs: it starts srun once and nothing else, and each of its flags is one word."""
+    calls = folder / "calls"
+    calls.mkdir()
+    environment = {"CALLS": str(calls), "STATUS": "143", "SLURM_JOB_ID": "7", "HOME": "/nowhere"}
+    done = subprocess.run(
+        ["/bin/bash", "-c", STUBS + text], capture_output=True, text=True, env=environment, cwd=folder
+    )
+    assert done.returncode == 143, done.stderr
+    assert sorted(path.name for path in calls.iterdir()) == ["scontrol", "srun"]
+    assert (calls / "scontrol").read_text() == "requeue\0007\0"
+    arguments = (calls / "srun").read_text().split("\0")[:-1]
+    assert Path(arguments[-1]).parents[1] == output.resolve() and arguments[-2] == "submitit.core._submit"
+    flags = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert len(flags) == 10 + len(names) and all(len(words) == 1 for words in flags)
+    assert {f"--{name}={value}" for name, value in names.items()} <= {words[0] for words in flags}
+
+
+@pytest.mark.parametrize(
+    ("name", "job"), [("run", "run"), ("--uid=0", "uid_0"), ("a b'c", "a_b_c"), ("$(x)", "_x_"), ("---", "octvideo")]
+)
+def test_the_name_of_a_job_is_one_plain_word(name: str, job: str) -> None:
+    assert slurm._job_name(name) == job
 
 
 @pytest.mark.parametrize(
