@@ -6,6 +6,7 @@ list, the files and the size of a shard alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import tarfile
@@ -91,7 +92,8 @@ class Shard:
                     member.copy(tar)
             unfinished.replace(out / self.file)
         finally:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that became read-only
+                unfinished.unlink()
         return len(self.members)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from octvideo.errors import RunError, UserError
+from octvideo.files import write_atomic
 
 Main = Callable[..., int]
 
@@ -26,10 +29,27 @@ def run(main: Main) -> int:
     """
     sys.stdout = _guarded(sys.stdout, "standard output", 1)
     sys.stderr = _guarded(sys.stderr, "standard error", 2)
-    status = main()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    return status
+    if signal.getsignal(signal.SIGINT) is end_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main()
+    finally:  # also at the SystemExit of --help
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+
+
+def end_quietly(number: int, frame: Any) -> None:
+    """Handle SIGINT while a program imports its modules, of which some turn KeyboardInterrupt into other errors."""
+    os._exit(128 + number)
+
+
+def write_output(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
+    """Write a file that a command line names, and print that it replaced one. Its folder is made. Raises WriteError."""
+    existed = path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+    if existed:
+        print(f"replaced {path}")
 
 
 def reports_errors(main: Main) -> Main:
@@ -98,7 +118,20 @@ class _Guarded:
 def _guarded(stream: Any, name: str, descriptor: int) -> Any:
     if stream is None:  # closed before the program started
         lost.setdefault(name, "closed")
-        return open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123  # for the rest of the program
-    with contextlib.suppress(AttributeError, ValueError):
+        return _nowhere(descriptor)
+    with contextlib.suppress(AttributeError, ValueError, OSError):
         stream.reconfigure(errors="backslashreplace")
     return _Guarded(stream, name, descriptor)
+
+
+def _nowhere(descriptor: int) -> Any:
+    """Return a stream whose text is dropped. It occupies a closed `descriptor`, or the next file that is opened would, and
+    would receive what native code prints."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.dup2(nowhere, descriptor)
+    if nowhere != descriptor:
+        os.close(nowhere)
+    return open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123  # for the rest of the program

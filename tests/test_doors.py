@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "octvideo"
 DOORS = {
     "errors": set(),
     "files": {"errors"},
-    "command": {"errors"},
+    "command": {"errors", "files"},
+    "starting": {"command"},
     "octave": {"octave"},
     "models": {"models", "octave"},
     "weights": {"weights", "errors", "files"},
@@ -24,7 +25,7 @@ DOORS = {
     "deploy": {"octave", "errors"},
     "benchmark": {
         *("octave", "models", "weights", "data", "config", "engine", "analysis", "deploy", "build"),
-        *("benchmark", "errors", "files"),
+        *("benchmark", "errors", "files", "command"),
     },
     "build": {"octave", "models", "weights", "data", "config", "engine", "analysis", "errors", "files"},
     "jobs": {"build", "octave", "models", "data", "config", "engine", "errors", "files"},

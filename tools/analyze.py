@@ -21,6 +21,9 @@ python tools/analyze.py golden --write FILE
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import io
 import json
@@ -47,7 +50,6 @@ from octvideo.data.dataset import ListError, Sample, VideoList
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World, device_of
 from octvideo.errors import UserError
-from octvideo.files import write_atomic
 
 if TYPE_CHECKING or __package__:
     from tools import analyze_calls, analyze_roofline
@@ -126,10 +128,10 @@ def clip(options: argparse.Namespace) -> None:
         views, name = build.eval_samples(cfg, videos, cfg.TEST.CLIPS, crops), _entry(videos, options.index)
         for number, view in enumerate(_views(views[options.index])):
             rows.append((f"test, clip {number // crops}, crop {number % crops}: {name}", view))
-    out = options.out or Path(f"clip_{options.index}.png")
+    out = options.out or Path(cfg.OUTPUT_DIR, f"clip_{options.index}.png")
     content = io.BytesIO()
     contact_sheet(rows).save(content, "PNG")
-    write_atomic(out, content.getvalue())
+    command.write_output(out, content.getvalue())
     shown = " x ".join(str(size) for size in rows[0][1].shape[1:])
     print(f"{out}: {len(rows)} views of {shown}, before mean and standard deviation are taken off")
 
@@ -155,6 +157,7 @@ def frequency(options: argparse.Namespace) -> None:
         if not path.parent.is_dir():
             raise RequestError(f"{path}: no folder {path.parent} to write to; make it or give another")
     cfg = build.load_config(options.cfg, [*options.overrides, *EAGER])
+    out = options.out or Path(cfg.OUTPUT_DIR, "frequency.png")
     videos = build.video_list(cfg, options.list, training=False) if options.list else build.test_list(cfg)
     layers = options.layers.split(",") if options.layers else None
     found = _spectra(cfg, options.checkpoint, videos, layers, options.maps)
@@ -166,14 +169,14 @@ def frequency(options: argparse.Namespace) -> None:
             raise RequestError(f"--against-cfg {options.against_cfg}: one network takes images, the other videos")
         for layer, groups in _spectra(twin, options.against_checkpoint, videos, list(found), options.maps).items():
             found[layer] = {VANILLA: groups[ALL], **found[layer]}
-    print(_frequency_table(found))
     if options.json:
         numbers = {layer: {group: asdict(one) for group, one in groups.items()} for layer, groups in found.items()}
-        write_atomic(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
+        command.write_output(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
     content = io.BytesIO()
     picture(found).quantize(256, Image.Quantize.FASTOCTREE).save(content, "PNG", optimize=True)
-    write_atomic(options.out, content.getvalue())
-    print(f"{options.out}: energy over frequency of {', '.join(found)}")
+    command.write_output(out, content.getvalue())
+    print(_frequency_table(found))
+    print(f"{out}: energy over frequency of {', '.join(found)}")
 
 
 def _not_of_the_network(overrides: Sequence[str]) -> list[str]:
@@ -228,7 +231,7 @@ Nyquist. All are means over maps, each over its own energy; even maps are left o
 def zoo(options: argparse.Namespace) -> None:
     text = ZOO_INTRODUCTION + _video_table() + ZOO_IMAGES + _image_table()
     if options.write:
-        write_atomic(options.write, text.encode())
+        command.write_output(options.write, text.encode())
     else:
         print(text, end="")
 
@@ -310,7 +313,7 @@ networks, with pre-activation) or `_base/imagenet_gluon.yaml` (the others).
 
 def golden(options: argparse.Namespace) -> None:
     counts = {name: cost_of(name).as_dict() for name in configs()}
-    write_atomic(options.write, (json.dumps(counts, indent=1) + "\n").encode())
+    command.write_output(options.write, (json.dumps(counts, indent=1) + "\n").encode())
 
 
 @command.reports_errors
@@ -326,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("clip", help="what the network is shown")
     shown.add_argument("--cfg", required=True, metavar="CONFIG")
     shown.add_argument("--index", type=int, required=True, metavar="I", help="entry of the list, from 0")
-    shown.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default clip_I.png)")
+    shown.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default OUTPUT_DIR/clip_I.png)")
     shown.add_argument("--epochs", type=int, default=3, metavar="N", help="training draws to show (default 3)")
     shown.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     shown.set_defaults(run=clip)
@@ -340,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spectrum.add_argument(
         "--maps", type=int, default=10_000, metavar="N", help="of each group and layer (default 10000)"
     )
-    spectrum.add_argument("--out", type=Path, default=Path("frequency.png"), metavar="FILE", help="PNG to write")
+    spectrum.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default OUTPUT_DIR/frequency.png)")
     spectrum.add_argument("--json", type=Path, metavar="FILE", help="for all numbers")
     spectrum.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="MODEL. and OCTAVE. keys not of the twin")
     spectrum.set_defaults(run=frequency)

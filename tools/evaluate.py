@@ -16,6 +16,9 @@ FILE.html shows them on one page that needs nothing else, with the curves of the
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import math
 import re
@@ -38,10 +41,9 @@ from octvideo.data.sampling import POLICIES, contained
 from octvideo.engine.distributed import World
 from octvideo.engine.log import training_history
 from octvideo.engine.metrics import most_confused
-from octvideo.engine.results import Results, results_of, view_facts
+from octvideo.engine.results import RESULT_FILES, Results, results_of, view_facts
 from octvideo.engine.scores import AVERAGES, Averaged, ViewScores, aggregate, combine
 from octvideo.errors import UserError
-from octvideo.files import write_atomic
 from octvideo.launch import Job, Request
 
 
@@ -65,8 +67,9 @@ WORDS = {
 }
 
 
-def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
-    """Test the checkpoint; and OUTPUT_DIR. The results are None on all ranks but the main one."""
+def of_network(options: argparse.Namespace) -> tuple[Results | None, Path, list[str]]:
+    """Test the checkpoint. Return the results (None on all ranks but the main one), OUTPUT_DIR, and the files of an earlier
+    test there that were replaced."""
     cfg = build.load_config(options.cfg, [*_flags_as_overrides(options), *options.overrides])
 
     def job(world: World, device: torch.device) -> Results | None:
@@ -74,7 +77,12 @@ def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
             build.use_threads(cfg, world)
         return jobs.test(cfg, world, device, average=options.average)
 
-    return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR)
+    replaced = _earlier_results(Path(cfg.OUTPUT_DIR))
+    return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR), replaced
+
+
+def _earlier_results(folder: Path) -> list[str]:
+    return [name for name in (*RESULT_FILES, "scores.npz") if (folder / name).exists()]
 
 
 def _jobs(options: argparse.Namespace, request: Request) -> list[Job]:
@@ -323,12 +331,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = Request.of(options)
     if request.elsewhere:
         return launch.start(request, __file__, _jobs(options, request))
-    results, folder = of_network(options) if options.cfg else (of_scores(options), options.scores[0].parent)
+    if options.cfg:
+        results, folder, replaced = of_network(options)
+    else:
+        replaced, folder = [name for name in _earlier_results(options.out) if name in RESULT_FILES], options.out
+        results = of_scores(options)
     if results:  # the main rank
         print(results.summary())
+        if replaced:
+            print(f"\nreplaced in {folder}: {', '.join(replaced)}")
         if options.report:
-            options.report.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.report, page(results, options.scores or [], folder).encode())
+            history = options.scores[0].parent if options.scores else folder
+            command.write_output(
+                options.report,
+                page(results, options.scores or [], history).encode(),
+            )
             print(f"\nthe page: {options.report}")
     return 0
 

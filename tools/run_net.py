@@ -4,6 +4,9 @@ or as a job of SLURM's with --slurm."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import sys
 from collections.abc import Sequence
