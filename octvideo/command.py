@@ -43,6 +43,26 @@ def end_quietly(number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
+class OutputError(UserError, ValueError):
+    """An output that would replace a file of another kind."""
+
+
+def check_output(path: Path, kind: bytes) -> None:
+    """Raise OutputError if `path` is there and does not begin with `kind`, so that it is no earlier output of the tool.
+
+    To be called before the work, and so that a wrong name replaces no configuration, list or checkpoint.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file")
+    if path.exists():
+        with path.open("rb") as file:
+            head = file.read(len(kind))
+        if head.lower() not in (b"", kind.lower()):
+            raise OutputError(
+                f"{path} is there, and not an earlier output of this tool; give another name, or remove it"
+            )
+
+
 def write_output(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
     """Write a file that a command line names, and print that it replaced one. Its folder is made. Raises WriteError."""
     existed = path.exists()

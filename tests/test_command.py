@@ -1,5 +1,6 @@
 """Errors as messages, and streams that go away or lack a character, in programs of their own."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -145,3 +146,15 @@ def test_ctrl_c_raises_again_once_main_runs(monkeypatch: pytest.MonkeyPatch) -> 
         assert command.run(lambda: int(signal.getsignal(signal.SIGINT) is signal.default_int_handler)) == 1
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("content", "allowed"), [(b"", True), (b"<!DOCTYPE html>", True), (b"a: 1", False), (b"<!", False)]
+)
+def test_only_a_file_of_the_same_kind_is_replaced(tmp_path: Path, content: bytes, allowed: bool) -> None:
+    command.check_output(tmp_path / "none", b"<!doctype")
+    (tmp_path / "a").write_bytes(content)
+    with contextlib.nullcontext() if allowed else pytest.raises(command.OutputError, match="give another name"):
+        command.check_output(tmp_path / "a", b"<!doctype")
+    with pytest.raises(command.OutputError, match="is a folder"):
+        command.check_output(tmp_path, b"<!doctype")

@@ -57,6 +57,7 @@ else:  # run as a script, which has this folder on its path
     import analyze_calls
     import analyze_roofline
 
+PNG = b"\x89PNG"  # what such a file begins with
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -117,6 +118,8 @@ def complexity(options: argparse.Namespace) -> None:
 
 def clip(options: argparse.Namespace) -> None:
     cfg = build.load_config(options.cfg, options.overrides)
+    out = options.out or Path(cfg.OUTPUT_DIR, f"clip_{options.index}.png")
+    command.check_output(out, PNG)
     rows: list[tuple[str, Tensor]] = []
     if cfg.TRAIN.ENABLE:
         videos = build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=False)
@@ -128,7 +131,6 @@ def clip(options: argparse.Namespace) -> None:
         views, name = build.eval_samples(cfg, videos, cfg.TEST.CLIPS, crops), _entry(videos, options.index)
         for number, view in enumerate(_views(views[options.index])):
             rows.append((f"test, clip {number // crops}, crop {number % crops}: {name}", view))
-    out = options.out or Path(cfg.OUTPUT_DIR, f"clip_{options.index}.png")
     content = io.BytesIO()
     contact_sheet(rows).save(content, "PNG")
     command.write_output(out, content.getvalue())
@@ -158,6 +160,9 @@ def frequency(options: argparse.Namespace) -> None:
             raise RequestError(f"{path}: no folder {path.parent} to write to; make it or give another")
     cfg = build.load_config(options.cfg, [*options.overrides, *EAGER])
     out = options.out or Path(cfg.OUTPUT_DIR, "frequency.png")
+    command.check_output(out, PNG)
+    if options.json:
+        command.check_output(options.json, b"{")
     videos = build.video_list(cfg, options.list, training=False) if options.list else build.test_list(cfg)
     layers = options.layers.split(",") if options.layers else None
     found = _spectra(cfg, options.checkpoint, videos, layers, options.maps)
@@ -229,6 +234,8 @@ Nyquist. All are means over maps, each over its own energy; even maps are left o
 
 
 def zoo(options: argparse.Namespace) -> None:
+    if options.write:
+        command.check_output(options.write, ZOO_INTRODUCTION[:16].encode())
     text = ZOO_INTRODUCTION + _video_table() + ZOO_IMAGES + _image_table()
     if options.write:
         command.write_output(options.write, text.encode())
@@ -312,6 +319,7 @@ networks, with pre-activation) or `_base/imagenet_gluon.yaml` (the others).
 
 
 def golden(options: argparse.Namespace) -> None:
+    command.check_output(options.write, b"{")
     counts = {name: cost_of(name).as_dict() for name in configs()}
     command.write_output(options.write, (json.dumps(counts, indent=1) + "\n").encode())
 

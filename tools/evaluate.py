@@ -319,6 +319,7 @@ def _check_report(path: Path) -> None:
     """Before a test of hours, and so that no other file is replaced by a page."""
     if path.suffix not in (".html", ".htm") or path.is_dir():
         raise RequestError(f"--report {path}: give the name of a file that ends in .html")
+    command.check_output(path, b"<!doctype html>")
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         raise RequestError(f"--report {path}: {there} is a file; give a folder")
@@ -342,10 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nreplaced in {folder}: {', '.join(replaced)}")
         if options.report:
             history = options.scores[0].parent if options.scores else folder
-            command.write_output(
-                options.report,
-                page(results, options.scores or [], history).encode(),
-            )
+            command.write_output(options.report, page(results, options.scores or [], history).encode())
             print(f"\nthe page: {options.report}")
     return 0
 

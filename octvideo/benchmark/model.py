@@ -135,6 +135,8 @@ def benchmark_model(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace, network: str) -> None:
     if options.json and not options.json.parent.is_dir():
         raise BenchmarkError(f"{options.json}: no folder {options.json.parent} to write to; make it or give another")
+    if options.json:
+        command.check_output(options.json, b"{")
     if options.table2 and network not in TABLE_2_NETWORKS:
         raise BenchmarkError(
             f"--table2 is of ResNet-50: give a config of {' or '.join(TABLE_2_NETWORKS)}, not {network}"
