@@ -18,6 +18,9 @@ Kinetics-600, arXiv:1808.01340. The annotations and videos are not included.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import csv
 import io
@@ -38,7 +41,7 @@ from tqdm import tqdm
 
 from octvideo import command
 from octvideo.data.lists import ListError, VideoList, read_list, text_lines, unlistable
-from octvideo.engine.classes import class_key
+from octvideo.engine.classes import class_key, csv_cell
 from octvideo.errors import plain, shown
 from octvideo.files import path_argument
 
@@ -323,11 +326,11 @@ def tally_classes(
 
 
 def as_csv(clips: Iterable[Clip]) -> str:
-    """Rows as the official csv have them."""
+    """Return rows as the official csv have them; names of classes as `csv_cell` writes them, which `index` reads alike."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows((clip.name, clip.youtube_id, clip.start, clip.end, clip.split) for clip in clips)
+    writer.writerows((csv_cell(clip.name), clip.youtube_id, clip.start, clip.end, clip.split) for clip in clips)
     return text.getvalue()
 
 
@@ -480,6 +483,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, argparse
     return given, parsers[given.command]
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     given, parser = parse(arguments)
     try:

@@ -23,6 +23,9 @@ by a few grey levels.) A flip of the image changes classes: turn flips off when 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import json
 import math
@@ -42,7 +45,7 @@ from tqdm import tqdm
 
 from octvideo import command
 from octvideo.errors import UserError
-from octvideo.files import path_argument
+from octvideo.files import path_argument, write_atomic
 
 Floats = NDArray[np.floating]
 
@@ -237,10 +240,8 @@ def write_video(path: Path | str, frames: NDArray[np.uint8], fps: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    """Write a text file completely or not at all. Raises WriteError."""
+    write_atomic(path, text.encode())
 
 
 class SettingsError(UserError, ValueError):
@@ -382,6 +383,7 @@ def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> 
     return written
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes the embedded motion data set.")
     parser.add_argument("--out", type=path_argument, required=True, help="folder to make, such as data/motion")

@@ -6,6 +6,8 @@ list, the files and the size of a shard alone.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import re
 import tarfile
@@ -24,6 +26,7 @@ if TYPE_CHECKING or __package__:
 else:  # imported by a script, which has this folder on its path
     import motion
 
+NOT_WRITTEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 FORMAT: Final = tarfile.PAX_FORMAT  # plain ustar, but for names and sizes that do not fit there
 
 
@@ -59,6 +62,8 @@ class Member:
                 if data.read(1):
                     raise OSError("grew while it was read: run again when it is finished")
         except OSError as error:
+            if error.errno in NOT_WRITTEN:  # of the archive, not of the video
+                raise
             raise OSError(f"{self.line}: {self.source}: {error.strerror or error}") from error
 
 
@@ -90,8 +95,13 @@ class Shard:
                 for member in self.members:
                     member.copy(tar)
             unfinished.replace(out / self.file)
+        except OSError as error:
+            if error.errno in NOT_WRITTEN:
+                raise OSError(f"{out / self.file}: cannot be written ({error.strerror})") from error
+            raise
         finally:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that became read-only
+                unfinished.unlink()
         return len(self.members)
 
 

@@ -11,6 +11,9 @@ so does a crop to a small part of it: turn flips off and keep crops large for it
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import math
 import sys
@@ -122,6 +125,7 @@ def make(out: Path | str, settings: Settings = Settings(), workers: int = 2) -> 
     return written
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes the embedded image set.")
     parser.add_argument("--out", type=path_argument, required=True, help="folder to make, such as data/stills")

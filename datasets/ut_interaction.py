@@ -13,6 +13,9 @@ Activities (SDHA), 2010. For academic use, with citation.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import csv
 import hashlib
@@ -112,19 +115,12 @@ def shorten(paths: Sequence[str]) -> str:
     return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
 def write_fold(videos: Sequence[Video], sequence: int, out: Path) -> tuple[Path, Path]:
     """Writes the lists of a fold, lines `path label`, and returns their paths: train, val."""
     train, val = out / f"train_seq{sequence}.txt", out / f"val_seq{sequence}.txt"
     for path, tested in ((train, False), (val, True)):
         kept = [video for video in videos if (video.sequence == sequence) == tested]
-        write_text(path, "".join(f"{video.path} {video.label}\n" for video in kept))
+        command.write_output(path, "".join(f"{video.path} {video.label}\n" for video in kept).encode())
     return train, val
 
 
@@ -141,6 +137,7 @@ def choose_folds(videos: Sequence[Video], test_sequence: str) -> list[int]:
     return [int(test_sequence)]
 
 
+@command.reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Writes leave-one-sequence-out lists for UT-Interaction.")
     parser.add_argument(
@@ -156,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folds = choose_folds(videos, given.test_sequence)
         check_files(given.root, videos, given.verify)
         given.out.mkdir(parents=True, exist_ok=True)
-        write_text(given.out / "labels.txt", "".join(f"{name}\n" for name in names))
+        command.write_output(given.out / "labels.txt", "".join(f"{name}\n" for name in names).encode())
         for fold in folds:
             train, val = write_fold(videos, fold, given.out)
             tested = sum(video.sequence == fold for video in videos)

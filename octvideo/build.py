@@ -91,31 +91,47 @@ def unused(cfg: CfgNode) -> list[str]:
     return unused_keys(cfg, images=takes_images(cfg), absent=absent)
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> list[CfgNode]:
-    """A file, overrides, and lines (place, further overrides) -> a checked configuration for each line.
+def load_sweep(
+    path: str | Path,
+    overrides: Sequence[str],
+    lines: Sequence[tuple[str, Sequence[str]]],
+    check: Callable[[CfgNode], Sequence[str]] = lambda cfg: (),
+) -> list[CfgNode]:
+    """Return a checked configuration for each line (place, further overrides): the file, the overrides, then those.
 
-    Of several lines, one that gives no OUTPUT_DIR gets OUTPUT_DIR/0, /1, ... Raises ConfigError with every line's
-    problems, and where two lines would write to one folder.
+    Of several lines, one without OUTPUT_DIR gets OUTPUT_DIR/0, /1, ... check: returns further problems of a configuration.
+    Raises ConfigError with the problems of all lines, each problem once, also if two lines would write to one folder.
     """
-    if len(lines) == 1 and not lines[0][0]:
-        return [load_config(path, [*overrides, *lines[0][1]])]
-    cfgs, problems = [], []
-    users: dict[Path, str] = {}
+    cfgs, users = [], dict[Path, str]()
+    problems: dict[str, list[str]] = {}  # problem -> places
+    several = len(lines) > 1 or bool(lines[0][0])
     for number, (place, more) in enumerate(lines):
         try:
             cfg = load_config(path, [*overrides, *more])
-            if "OUTPUT_DIR" not in more[0::2]:
+            if several and "OUTPUT_DIR" not in more[0::2]:
                 cfg = load_config(path, [*overrides, *more, "OUTPUT_DIR", str(Path(cfg.OUTPUT_DIR) / str(number))])
         except ConfigError as error:
-            problems += [f"{place}: {problem}" for problem in error.problems]
-            continue
-        if (folder := Path(cfg.OUTPUT_DIR).resolve()) in users:
-            problems.append(f"{place}: OUTPUT_DIR {cfg.OUTPUT_DIR} is that of {users[folder]} already")
-        users[folder] = place
-        cfgs.append(cfg)
+            found = error.problems
+        else:
+            cfgs.append(cfg)
+            found = [*check(cfg)]
+            folder = Path(cfg.OUTPUT_DIR).resolve()
+            if folder in users:
+                found.append(f"OUTPUT_DIR {cfg.OUTPUT_DIR} is that of {users[folder]} already")
+            users[folder] = place
+        for problem in found:
+            problems.setdefault(problem, []).append(place)
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(str(path), [f"{_places(places)}{problem}" for problem, places in problems.items()])
     return cfgs
+
+
+def _places(places: Sequence[str]) -> str:
+    """Return places "FILE, line N" as the beginning of a message."""
+    if len(places) == 1:
+        return f"{places[0]}: " if places[0] else ""
+    file = places[0].rpartition(", line ")[0]
+    return f"{file}, lines {', '.join(place.rpartition(', line ')[2] for place in places)}: "
 
 
 def _shape_problems(cfg: CfgNode) -> list[str]:

@@ -18,8 +18,8 @@ def guard() -> None:
     Characters that their encoding lacks are escaped. After a failed write the text of that stream is dropped, and `lost`
     has the reason.
     """
-    sys.stdout = _guarded(sys.stdout, "standard output")
-    sys.stderr = _guarded(sys.stderr, "standard error")
+    sys.stdout = _guarded(sys.stdout, "standard output", 1)
+    sys.stderr = _guarded(sys.stderr, "standard error", 2)
 
 
 class _Guarded:
@@ -59,12 +59,25 @@ class _Guarded:
             self._stream.flush()
 
 
-def _guarded(stream: Any, name: str) -> Any:
+def _guarded(stream: Any, name: str, descriptor: int) -> Any:
     if isinstance(stream, _Guarded):
         return stream
     if stream is None:  # closed before the program started
         lost.setdefault(name, "closed")
-        return open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123  # for the rest of the program
-    with contextlib.suppress(AttributeError, ValueError):
+        return _nowhere(descriptor)
+    with contextlib.suppress(AttributeError, ValueError, OSError):
         stream.reconfigure(errors="backslashreplace")
     return _Guarded(stream, name)
+
+
+def _nowhere(descriptor: int) -> Any:
+    """Return a stream whose text is dropped. It occupies a closed `descriptor`, or the next file that is opened would, and
+    would receive what native code prints."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.dup2(nowhere, descriptor)
+    if nowhere != descriptor:
+        os.close(nowhere)
+    return open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123  # for the rest of the program

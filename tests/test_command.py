@@ -1,7 +1,9 @@
 """Errors as messages, and streams that go away or lack a character, in programs of their own."""
 
+import contextlib
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from octvideo import command
 from octvideo.errors import RunError, UserError
+from tests.end_to_end.runs import ROOT
 
 PROGRAM = """
 import sys
@@ -108,3 +111,50 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(KeyError):
         main()
+
+
+def test_a_closed_stream_is_not_the_next_file_that_is_opened(tmp_path: Path) -> None:
+    program = f"""
+import os, sys
+from octvideo import command
+def main():
+    with open({str(tmp_path / "data")!r}, "w") as file:
+        os.write(1, b"native code prints")
+        file.write("results")
+    return 0
+sys.exit(command.run(main))
+"""
+    (tmp_path / "program.py").write_text(program)
+    shell = f"{sys.executable} {tmp_path}/program.py >&- 2>&-"
+    assert subprocess.run(shell, shell=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    assert (tmp_path / "data").read_text() == "results"
+
+
+def test_an_output_that_replaces_one_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new/folder/a.json"
+    command.write_output(path, b"1")
+    assert capsys.readouterr().out == ""
+    command.write_output(path, lambda file: file.write(b"2") and None)
+    assert capsys.readouterr().out == f"replaced {path}\n" and path.read_bytes() == b"2"
+
+
+def test_ctrl_c_raises_again_once_main_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    before = signal.signal(signal.SIGINT, command.end_quietly)
+    try:
+        assert command.run(lambda: int(signal.getsignal(signal.SIGINT) is signal.default_int_handler)) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("content", "allowed"), [(b"", True), (b"<!DOCTYPE html>", True), (b"a: 1", False), (b"<!", False)]
+)
+def test_only_a_file_of_the_same_kind_is_replaced(tmp_path: Path, content: bytes, allowed: bool) -> None:
+    command.check_output(tmp_path / "none", b"<!doctype")
+    (tmp_path / "a").write_bytes(content)
+    with contextlib.nullcontext() if allowed else pytest.raises(command.OutputError, match="give another name"):
+        command.check_output(tmp_path / "a", b"<!doctype")
+    with pytest.raises(command.OutputError, match="is a folder"):
+        command.check_output(tmp_path, b"<!doctype")

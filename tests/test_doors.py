@@ -12,7 +12,8 @@ DOORS = {
     "errors": set(),
     "files": {"errors"},
     "streams": set(),
-    "command": {"errors", "streams"},
+    "command": {"errors", "files", "streams"},
+    "starting": {"command"},
     "octave": {"octave"},
     "models": {"models", "octave"},
     "weights": {"weights", "errors", "files"},
@@ -23,11 +24,12 @@ DOORS = {
     "unused": {"config", "yaml_file", "errors"},
     "engine": {"engine", "errors", "files", "streams"},
     "analysis": {"analysis", "octave", "errors"},
-    "launch": {"engine", "errors", "files"},
+    "launch": {"launch", "engine", "errors", "files"},
+    "preflight": {"build", "config", "data", "engine", "launch", "errors", "files"},
     "deploy": {"octave", "errors"},
     "benchmark": {
         *("octave", "models", "weights", "data", "config", "engine", "analysis", "deploy", "build"),
-        *("benchmark", "errors", "files"),
+        *("benchmark", "errors", "files", "command"),
     },
     "build": {"octave", "models", "weights", "data", "config", "unused", "engine", "analysis", "errors", "files"},
     "jobs": {"jobs", "build", "octave", "models", "data", "config", "engine", "errors", "files"},
@@ -70,7 +72,7 @@ def test_the_operator_imports_torch_only(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in FILES if room_of(p) not in ("build", "jobs", "config", "unused", "benchmark")],
+    [p for p in FILES if room_of(p) not in ("build", "jobs", "config", "unused", "benchmark", "preflight")],
     ids=lambda p: p.name,
 )
 def test_no_lower_room_receives_a_config(path: Path) -> None:

@@ -21,6 +21,9 @@ python tools/analyze.py golden --write FILE
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import io
 import json
@@ -48,7 +51,7 @@ from octvideo.data.lists import ListError, VideoList
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World, device_of
 from octvideo.errors import UserError
-from octvideo.files import path_argument, write_atomic
+from octvideo.files import path_argument
 
 if TYPE_CHECKING or __package__:
     from tools import analyze_calls, analyze_roofline
@@ -56,6 +59,7 @@ else:  # run as a script, which has this folder on its path
     import analyze_calls
     import analyze_roofline
 
+PNG = b"\x89PNG"  # what such a file begins with
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -116,6 +120,8 @@ def complexity(options: argparse.Namespace) -> None:
 
 def clip(options: argparse.Namespace) -> None:
     cfg = build.load_config(options.cfg, options.overrides)
+    out = options.out or Path(cfg.OUTPUT_DIR, f"clip_{options.index}.png")
+    command.check_output(out, PNG)
     rows: list[tuple[str, Tensor]] = []
     if cfg.TRAIN.ENABLE:
         videos = build.video_list(cfg, cfg.DATA.TRAIN_LIST, training=False)
@@ -127,10 +133,9 @@ def clip(options: argparse.Namespace) -> None:
         views, name = build.eval_samples(cfg, videos, cfg.TEST.CLIPS, crops), _entry(videos, options.index)
         for number, view in enumerate(_views(views[options.index])):
             rows.append((f"test, clip {number // crops}, crop {number % crops}: {name}", view))
-    out = options.out or Path(f"clip_{options.index}.png")
     content = io.BytesIO()
     contact_sheet(rows).save(content, "PNG")
-    write_atomic(out, content.getvalue())
+    command.write_output(out, content.getvalue())
     shown = " x ".join(str(size) for size in rows[0][1].shape[1:])
     print(f"{out}: {len(rows)} views of {shown}, before mean and standard deviation are taken off")
 
@@ -156,6 +161,10 @@ def frequency(options: argparse.Namespace) -> None:
         if not path.parent.is_dir():
             raise RequestError(f"{path}: no folder {path.parent} to write to; make it or give another")
     cfg = build.load_config(options.cfg, [*options.overrides, *EAGER])
+    out = options.out or Path(cfg.OUTPUT_DIR, "frequency.png")
+    command.check_output(out, PNG)
+    if options.json:
+        command.check_output(options.json, b"{")
     videos = build.video_list(cfg, options.list, training=False) if options.list else build.test_list(cfg)
     layers = options.layers.split(",") if options.layers else None
     found = _spectra(cfg, options.checkpoint, videos, layers, options.maps)
@@ -167,14 +176,14 @@ def frequency(options: argparse.Namespace) -> None:
             raise RequestError(f"--against-cfg {options.against_cfg}: one network takes images, the other videos")
         for layer, groups in _spectra(twin, options.against_checkpoint, videos, list(found), options.maps).items():
             found[layer] = {VANILLA: groups[ALL], **found[layer]}
-    print(_frequency_table(found))
     if options.json:
         numbers = {layer: {group: asdict(one) for group, one in groups.items()} for layer, groups in found.items()}
-        write_atomic(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
+        command.write_output(options.json, (json.dumps(numbers, indent=1) + "\n").encode())
     content = io.BytesIO()
     picture(found).quantize(256, Image.Quantize.FASTOCTREE).save(content, "PNG", optimize=True)
-    write_atomic(options.out, content.getvalue())
-    print(f"{options.out}: energy over frequency of {', '.join(found)}")
+    command.write_output(out, content.getvalue())
+    print(_frequency_table(found))
+    print(f"{out}: energy over frequency of {', '.join(found)}")
 
 
 def _not_of_the_network(overrides: Sequence[str]) -> list[str]:
@@ -227,9 +236,11 @@ Nyquist. All are means over maps, each over its own energy; even maps are left o
 
 
 def zoo(options: argparse.Namespace) -> None:
+    if options.write:
+        command.check_output(options.write, ZOO_INTRODUCTION[:16].encode())
     text = ZOO_INTRODUCTION + _video_table() + ZOO_IMAGES + _image_table()
     if options.write:
-        write_atomic(options.write, text.encode())
+        command.write_output(options.write, text.encode())
     else:
         print(text, end="")
 
@@ -310,8 +321,9 @@ networks, with pre-activation) or `_base/imagenet_gluon.yaml` (the others).
 
 
 def golden(options: argparse.Namespace) -> None:
+    command.check_output(options.write, b"{")
     counts = {name: cost_of(name).as_dict() for name in configs()}
-    write_atomic(options.write, (json.dumps(counts, indent=1) + "\n").encode())
+    command.write_output(options.write, (json.dumps(counts, indent=1) + "\n").encode())
 
 
 @command.reports_errors
@@ -327,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("clip", help="what the network is shown")
     shown.add_argument("--cfg", required=True, metavar="CONFIG")
     shown.add_argument("--index", type=int, required=True, metavar="I", help="entry of the list, from 0")
-    shown.add_argument("--out", type=path_argument, metavar="FILE", help="PNG to write (default clip_I.png)")
+    shown.add_argument("--out", type=path_argument, metavar="FILE", help="PNG to write (default OUTPUT_DIR/clip_I.png)")
     shown.add_argument("--epochs", type=int, default=3, metavar="N", help="training draws to show (default 3)")
     shown.add_argument("overrides", nargs="*", metavar="KEY VALUE")
     shown.set_defaults(run=clip)
@@ -342,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--maps", type=int, default=10_000, metavar="N", help="of each group and layer (default 10000)"
     )
     spectrum.add_argument(
-        "--out", type=path_argument, default=Path("frequency.png"), metavar="FILE", help="PNG to write"
+        "--out", type=path_argument, metavar="FILE", help="PNG to write (default OUTPUT_DIR/frequency.png)"
     )
     spectrum.add_argument("--json", type=path_argument, metavar="FILE", help="for all numbers")
     spectrum.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="MODEL. and OCTAVE. keys not of the twin")

@@ -17,6 +17,9 @@ python tools/benchmark.py gpu   [--out docs/gpu] [--budget 480] [--parts A,B] [-
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import sys
 from collections.abc import Sequence

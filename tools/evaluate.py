@@ -16,6 +16,9 @@ FILE.html shows them on one page that needs nothing else, with the curves of the
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import math
 import re
@@ -30,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from octvideo import build, command, jobs, launch
+from octvideo import build, command, jobs, launch, preflight
 from octvideo.analysis.report import WorstVideo, report_html, spread, thumbnail
 from octvideo.data.decode import DecodeError, member_of, open_video
 from octvideo.data.images import read_image
@@ -38,10 +41,10 @@ from octvideo.data.sampling import POLICIES, contained
 from octvideo.engine.distributed import World
 from octvideo.engine.log import training_history
 from octvideo.engine.metrics import most_confused
-from octvideo.engine.results import Results, results_of, view_facts
+from octvideo.engine.results import RESULT_FILES, Results, results_of, view_facts
 from octvideo.engine.scores import AVERAGES, Averaged, ViewScores, aggregate, combine
 from octvideo.errors import UserError
-from octvideo.files import path_argument, write_atomic
+from octvideo.files import path_argument
 from octvideo.launch import Job, Request
 
 
@@ -65,8 +68,9 @@ WORDS = {
 }
 
 
-def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
-    """Test the checkpoint; and OUTPUT_DIR. The results are None on all ranks but the main one."""
+def of_network(options: argparse.Namespace) -> tuple[Results | None, Path, list[str]]:
+    """Test the checkpoint. Return the results (None on all ranks but the main one), OUTPUT_DIR, and the files of an earlier
+    test there that were replaced."""
     cfg = build.load_config(options.cfg, [*_flags_as_overrides(options), *options.overrides])
 
     def job(world: World, device: torch.device) -> Results | None:
@@ -75,14 +79,19 @@ def of_network(options: argparse.Namespace) -> tuple[Results | None, Path]:
         with jobs.session(cfg, world) as stop:
             return jobs.test(cfg, world, device, stop, average=options.average)
 
-    return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR)
+    replaced = _earlier_results(Path(cfg.OUTPUT_DIR))
+    return launch.run(job, cfg.DEVICE), Path(cfg.OUTPUT_DIR), replaced
+
+
+def _earlier_results(folder: Path) -> list[str]:
+    return [name for name in (*RESULT_FILES, "scores.npz") if (folder / name).exists()]
 
 
 def _jobs(options: argparse.Namespace, request: Request) -> list[Job]:
     """The same in other processes; a line of a sweep may give another TEST.CHECKPOINT."""
     if not options.cfg:
         raise RequestError("--slurm and --local go with --cfg; scores are averaged here, in seconds")
-    cfgs = build.load_sweep(options.cfg, [*_flags_as_overrides(options), *options.overrides], request.lines())
+    cfgs = preflight.tasks(request, options.cfg, [*_flags_as_overrides(options), *options.overrides])
     if options.report and len(cfgs) > 1:
         raise RequestError(f"--report {options.report}: {len(cfgs)} tests would write to that one page")
     more = ["--average", options.average, *(["--report", str(options.report)] if options.report else [])]
@@ -314,6 +323,7 @@ def _check_report(path: Path) -> None:
     """Before a test of hours, and so that no other file is replaced by a page."""
     if path.suffix not in (".html", ".htm") or path.is_dir():
         raise RequestError(f"--report {path}: give the name of a file that ends in .html")
+    command.check_output(path, b"<!doctype html>")
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         raise RequestError(f"--report {path}: {there} is a file; give a folder")
@@ -326,12 +336,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = Request.of(options)
     if request.elsewhere:
         return launch.start(request, __file__, _jobs(options, request))
-    results, folder = of_network(options) if options.cfg else (of_scores(options), options.scores[0].parent)
+    if options.cfg:
+        results, folder, replaced = of_network(options)
+    else:
+        replaced, folder = [name for name in _earlier_results(options.out) if name in RESULT_FILES], options.out
+        results = of_scores(options)
     if results:  # the main rank
         print(results.summary())
+        if replaced:
+            print(f"\nreplaced in {folder}: {', '.join(replaced)}")
         if options.report:
-            options.report.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.report, page(results, options.scores or [], folder).encode())
+            history = options.scores[0].parent if options.scores else folder
+            command.write_output(options.report, page(results, options.scores or [], history).encode())
             print(f"\nthe page: {options.report}")
     return 0
 

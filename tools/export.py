@@ -10,6 +10,9 @@ it: docs/deployment.md.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # first: importing the others takes seconds
+
 import argparse
 import json
 import sys
@@ -113,10 +116,22 @@ def relative_error(model: nn.Module, clip: Tensor, path: Path) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def check_earlier(out: Path) -> None:
+    """Raise RequestError if `out`, or the .bin that goes with an .xml, is there and cannot be an earlier export."""
+    if out.suffix != ".xml":
+        return
+    head = out.read_bytes()[:1000] if out.is_file() else b""
+    if (head and b"<net " not in head) or (not head and out.with_suffix(".bin").exists()):
+        raise RequestError(
+            f"--out {out}: {out.stem}.xml or {out.stem}.bin is there, and not a network; give another name"
+        )
+
+
 def export(options: argparse.Namespace) -> None:
     deploy.check_format(options.out)
     if options.out.is_dir():
         raise RequestError(f"--out {options.out} is a folder; give the name of a file in it")
+    check_earlier(options.out)
     if options.random_weights and options.checkpoint:
         raise RequestError("--random-weights and --checkpoint contradict each other; give one of them")
     chosen = ["TEST.CHECKPOINT", options.checkpoint] if options.checkpoint else []
@@ -133,7 +148,10 @@ def export(options: argparse.Namespace) -> None:
             raise ExportError(f"{options.out} {reason}; it was not kept")
 
     form = model if options.no_fuse else fused(model)
+    earlier = {path for path in (options.out, options.out.with_suffix(".bin")) if path.exists()}
     files = deploy.export(form, clip, options.out, metadata=metadata, check=check)
+    for path in earlier.intersection(files):
+        print(f"replaced {path}")
     print(summary(cfg, metadata, files, errors[0], options))
 
 

@@ -12,6 +12,9 @@ leaves it out.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -22,14 +25,21 @@ from torch import Tensor
 
 from octvideo import build, command
 from octvideo.engine import checkpoint
+from octvideo.engine.checkpoint import CheckpointError
+from octvideo.errors import UserError
 from octvideo.files import path_argument
 from octvideo.weights import files, mxnet, names
 from octvideo.weights.coverage import Coverage, WeightsError, is_counter
 from octvideo.weights.inflate import HOW, image_shape, inflate
 
 
+class RequestError(UserError, ValueError):
+    """A command line that cannot be carried out."""
+
+
 def convert(options: argparse.Namespace) -> None:
     cfg = build.load_config(options.cfg, options.overrides)
+    replaces = _may_replace(options.out, options.source)
     model = build.network(cfg)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     source = files.read(options.source)
@@ -54,8 +64,26 @@ def convert(options: argparse.Namespace) -> None:
     notes = {"source": str(options.source), "config": cfg.dump()}
     checkpoint.save_weights(options.out, {**state, **weights}, **notes)
     parameters = {name: value.numel() for name, value in model.named_parameters()}
+    if replaces:
+        print(f"replaced {options.out}")
     print(f"{options.source} ({source.kind}) -> {options.out}, {cfg.MODEL.NAME}")
     print(_table(parameters, weights, inflated, options.how, set(own) - set(weights)))
+
+
+def _may_replace(out: Path, source: Path) -> bool:
+    """True if `out` is a file of this tool. Raises RequestError if it is another file, such as a checkpoint of a run."""
+    if not out.exists():
+        return False
+    remedy = "give another --out, or remove it first"
+    if out.resolve() == source.resolve():
+        raise RequestError(f"--out {out} is the file to read; {remedy}")
+    try:
+        state = checkpoint.load(out)
+    except CheckpointError:
+        state = {}
+    if state.get("step") != 0 or "source" not in state:
+        raise RequestError(f"--out {out} exists and was not written by this tool; {remedy}")
+    return True
 
 
 def _require_fit(path: Path, network: str, coverage: Coverage, expected: Collection[str]) -> None:

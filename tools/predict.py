@@ -8,10 +8,12 @@ VIDEO_features.npz. An image network takes images. More: docs/prediction.md.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import difflib
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,10 +44,15 @@ from octvideo.data.transforms import scaled_size, uniform_crops
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.distributed import World, device_of
+from octvideo.engine.predictions import Predictions
 from octvideo.errors import UserError
 from octvideo.files import path_argument, write_atomic
 
 CHUNK = 16  # frames of a video held at a time while it is annotated
+INPUT = (  # keys of DATA that decide what the network is shown
+    *("NUM_FRAMES", "SAMPLING_RATE", "TARGET_FPS", "POLICY", "SHORT", "TEST_SHORT_SIDE", "TEST_CROP"),
+    *("INTERPOLATION", "MEAN", "STD", "DECODER"),
+)
 SHOWN_FRAMES = 8  # of a clip in a contact sheet
 SHEET_SIDE, VIDEO_SIDE, LONGEST = 128, 240, 4096  # pixels: what is smaller is enlarged, by a whole factor
 LONGEST_NAME = 30  # signs of a class name in a table; files have all of it
@@ -355,17 +362,6 @@ class Annotation:
             write_atomic(out, lambda file: write_mp4(file, self.frames(video), video.fps))
 
 
-def output_names(files: Sequence[str]) -> list[str]:
-    """The beginning of each file's outputs: its name without the ending, numbered where several would be the same."""
-    names: list[str] = []
-    for file in files:
-        name, count = Path(file).stem, 2
-        while name in names:
-            name, count = f"{Path(file).stem}_{count}", count + 1
-        names.append(name)
-    return names
-
-
 def outputs(options: argparse.Namespace, out: Path, name: str) -> dict[str, Path]:
     """What is to be written of one file: kind -> path."""
     endings = {"annotated": "_annotated.mp4", "sheet": "_saliency.png", "heat": "_saliency.mp4", "npz": "_features.npz"}
@@ -409,40 +405,64 @@ def predict(options: argparse.Namespace) -> int:
     if options.annotate and build.takes_images(cfg):
         raise RequestError(f"--annotate is for videos, but {cfg.MODEL.NAME} takes images; --saliency draws over those")
     out = options.out or Path(cfg.OUTPUT_DIR) / "predictions"
-    paths = [outputs(options, out, name) for name in output_names(files)]
-    inputs = {Path(file).resolve() for file in files}
-    for path in (path for each in paths for path in each.values()):
-        if path.resolve() in inputs:
-            raise RequestError(f"{path}: would be written over, but is one of the videos; give another --out")
     network = load_network(cfg, random_weights=options.random_weights)
-    _warn_of_font(network, options)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{out}: cannot be made ({error.strerror}); give another --out") from None
-    samples = build.eval_samples(cfg, unlabelled(files, "the command line"), cfg.TEST.CLIPS, cfg.TEST.CROPS)
+    predictions = Predictions(out / "predictions.json", _header_of(network, options.cfg))
+    names = predictions.output_names(files)
+    paths = [outputs(options, out, name) for name in names]
+    inputs = {Path(file).resolve() for file in files}
+    for path in (path for each in paths for path in each.values()):
+        if path.resolve() in inputs:
+            raise RequestError(f"{path}: would be written over, but is one of the videos; give another --out")
+    _warn_of_font(network, options)
     print(_introduction(network))
-    predictions, failed = [], []
-    for number, file in enumerate(files):
-        try:
-            seen = look(network, samples, number)
-            answer = answers(network, file, seen, options.top)
-            predictions.append(answer)
-            print(f"\n{_header(answer)}\n{table(answer)}", flush=True)
-            write_outputs(options, network, samples, seen, answer, paths[number])
-            for path in paths[number].values():
-                print(path)
-        except (DecodeError, EncodeError) as error:
-            failed.append({"path": file, "reason": str(error)})
-            print(f"\nerror: {error}", file=sys.stderr)
-    views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS}
-    report = {"config": options.cfg, "model": cfg.MODEL.NAME, "alpha": cfg.OCTAVE.ALPHA, **network.weights, **views}
-    report |= {"videos": predictions, "failed": failed}
-    write_atomic(out / "predictions.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
-    print(f"\n{out / 'predictions.json'}: {len(predictions)} of {len(files)} files predicted")
+    videos: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    notes: list[str] = []
+    try:
+        _predict_each(options, network, list(zip(files, names, paths, strict=True)), (videos, failed))
+    finally:  # what was predicted until then is not lost
+        if videos or failed:
+            notes = predictions.write(videos, failed)
+    print(f"\n{predictions.path}: {len(videos)} of {len(files)} files predicted", *notes, sep="\n")
     if failed:
         print(f"error: {len(failed)} of {len(files)} files failed, see above", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _predict_each(
+    options: argparse.Namespace,
+    network: Network,
+    files: Sequence[tuple[str, str, dict[str, Path]]],
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+) -> None:
+    """Predict each (file, name of its outputs, paths of its outputs); add to `found`, the entries of videos and failures."""
+    cfg, (videos, failed) = network.cfg, found
+    listed = unlabelled([file for file, *_ in files], "the command line")
+    samples = build.eval_samples(cfg, listed, cfg.TEST.CLIPS, cfg.TEST.CROPS)
+    for number, (file, name, paths) in enumerate(files):
+        try:
+            seen = look(network, samples, number)
+            answer = answers(network, file, seen, options.top)
+            videos.append({**answer, "file": str(Path(file).resolve()), "name": name})
+            print(f"\n{_header(answer)}\n{table(answer)}", flush=True)
+            replaced = {path for path in paths.values() if path.exists()}
+            write_outputs(options, network, samples, seen, answer, paths)
+            for path in paths.values():
+                print(f"replaced {path}" if path in replaced else path)
+        except (DecodeError, EncodeError) as error:
+            failed.append({"path": file, "reason": str(error)})
+            print(f"\nerror: {error}", file=sys.stderr)
+
+
+def _header_of(network: Network, cfg_path: str) -> dict[str, Any]:
+    """Return what all predictions in one file share."""
+    cfg = network.cfg
+    views = {"clips": cfg.TEST.CLIPS, "crops": cfg.TEST.CROPS, "input": {key.lower(): cfg.DATA[key] for key in INPUT}}
+    return {"config": cfg_path, "model": cfg.MODEL.NAME, "alpha": cfg.OCTAVE.ALPHA, **network.weights, **views}
 
 
 def _flags_as_overrides(options: argparse.Namespace) -> list[str]:

@@ -8,6 +8,9 @@ lines of the ten steps that end there (TRAIN.LOG_PERIOD says how many lines thos
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import json
 import statistics

@@ -4,6 +4,9 @@ or as a job of SLURM's with --slurm."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import octvideo.starting  # noqa: F401  # first: importing the others takes seconds
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -12,8 +15,7 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from octvideo import build, command, jobs, launch
-from octvideo.config import ConfigError
+from octvideo import build, command, jobs, launch, preflight
 from octvideo.engine import checkpoint
 from octvideo.engine.distributed import World
 from octvideo.launch import Job, Request
@@ -33,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launch.add_arguments(parser)
     options = parser.parse_args(arguments)
     request = Request.of(options)
-    cfgs = build.load_sweep(options.cfg, options.overrides, request.lines())
     if request.elsewhere:
+        cfgs = preflight.tasks(request, options.cfg, options.overrides)
         return launch.start(request, __file__, [_job(cfg, request) for cfg in cfgs])
-    cfg = cfgs[0]
+    cfg = build.load_config(options.cfg, options.overrides)
     if options.go_on and checkpoint.found(Path(cfg.OUTPUT_DIR)):
         cfg = build.load_config(options.cfg, [*options.overrides, "TRAIN.RESUME", "auto"])
 
@@ -54,14 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _job(cfg: CfgNode, request: Request) -> Job:
-    if request.slurm and cfg.TRAIN.ENABLE and cfg.TRAIN.RESUME != "auto" and checkpoint.found(Path(cfg.OUTPUT_DIR)):
-        problem = (
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds checkpoints, which a job that starts again would go on from, not from "
-            f"TRAIN.RESUME {cfg.TRAIN.RESUME}; give TRAIN.RESUME auto or another OUTPUT_DIR"
-        )
-        raise ConfigError("--slurm", [problem])
-    arguments = ["--go-on"] if request.slurm else []
-    return Job(Path(cfg.OUTPUT_DIR), cfg.dump(), arguments, cfg.TRAIN.BATCH_SIZE if cfg.TRAIN.ENABLE else 0)
+    return Job(Path(cfg.OUTPUT_DIR), cfg.dump(), ["--go-on"] if request.slurm else [])
 
 
 if __name__ == "__main__":

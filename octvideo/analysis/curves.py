@@ -83,7 +83,7 @@ PLANS = (
     Plan("Data wait", "% of the time", ((TRAINING, "train", "data_wait"),), factor=100),
     Plan("Time of a step", "s", ((TRAINING, "train", "step_s"),)),
     Plan("Gradient norm", "", (("before clipping", "train", "grad_norm"),)),
-    Plan("Device memory", "GB", (("peak", "train", "memory_gb"),)),
+    Plan("Peak memory (GPU, or process on a CPU)", "GB", (("peak", "train", "memory_gb"),)),
 )
 
 

@@ -21,14 +21,13 @@ from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from torch import Tensor
 
-from octvideo import build
+from octvideo import build, command
 from octvideo.benchmark import peers
 from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn
 from octvideo.data import transforms
 from octvideo.data.decode_pyav import PyAVVideo
 from octvideo.data.lists import VideoList
 from octvideo.engine.distributed import World
-from octvideo.files import write_atomic
 
 Reader = Callable[[int, int], object]  # a video's number in the list and the turn -> a clip
 
@@ -197,7 +196,7 @@ def write_sources(options: argparse.Namespace) -> None:
             if not path.exists():
                 _write_source(path, index, gop)
         lines = "".join(f"{path.name} {label}\n" for label, path in enumerate(files))
-        write_atomic(options.out / f"{name}.txt", lines.encode())
+        command.write_output(options.out / f"{name}.txt", lines.encode())
         megabits = sum(path.stat().st_size for path in files) * 8 / len(files) / 10 / 1e6
         print(f"{options.out}/{name}.txt: {len(files)} clips, a keyframe every {gop} frames, {megabits:.2f} Mbit/s")
 

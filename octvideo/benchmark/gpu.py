@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 import octvideo
+from octvideo import command
 from octvideo.benchmark.gpu_report import markdown
 from octvideo.benchmark.speed import BenchmarkError
-from octvideo.files import write_atomic
 
 ROOT = Path(octvideo.__file__).resolve().parents[1]
 NEEDED = ("configs", "datasets", "tests", "tools")
@@ -212,8 +212,8 @@ def _write(report: dict[str, Any], out: Path) -> Path:
     path = out / card_file(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
-        write_atomic(path.with_suffix(".md"), markdown(report).encode())
+        command.write_output(path.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
+        command.write_output(path.with_suffix(".md"), markdown(report).encode())
     except OSError as error:
         raise BenchmarkError(f"{path}.json: cannot be written ({error}); set another folder with --out") from None
     return path

@@ -17,14 +17,13 @@ from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from octvideo import build, deploy
+from octvideo import build, command, deploy
 from octvideo.analysis.naive import naive
 from octvideo.analysis.paper import TABLE_2
 from octvideo.benchmark import peers
 from octvideo.benchmark.speed import BenchmarkError, Timed, in_turn, peak_memory, saved_bytes, spread, time_ratios
 from octvideo.engine.distributed import World, device_of
 from octvideo.engine.train import train_step
-from octvideo.files import write_atomic
 from octvideo.octave import fuse
 
 MODES = ("inference", "training")
@@ -130,12 +129,14 @@ def benchmark_model(options: argparse.Namespace) -> None:
     print(f"\n{_legend(options, modes, rows)}")
     if options.json:
         content = {"config": str(options.cfg), "overrides": options.overrides, "torch": torch.__version__}
-        write_atomic(options.json, (json.dumps({**content, "tables": tables}, indent=1) + "\n").encode())
+        command.write_output(options.json, (json.dumps({**content, "tables": tables}, indent=1) + "\n").encode())
 
 
 def _check(options: argparse.Namespace, network: str) -> None:
     if options.json and not options.json.parent.is_dir():
         raise BenchmarkError(f"{options.json}: no folder {options.json.parent} to write to; make it or give another")
+    if options.json:
+        command.check_output(options.json, b"{")
     if options.table2 and network not in TABLE_2_NETWORKS:
         raise BenchmarkError(
             f"--table2 is of ResNet-50: give a config of {' or '.join(TABLE_2_NETWORKS)}, not {network}"

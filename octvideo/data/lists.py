@@ -134,12 +134,14 @@ def read_list(
     separator: str = " ",
     require_all_classes: bool = False,
     check_files: bool = True,
+    by_path: bool = False,
     max_problems: int = 20,
 ) -> VideoList:
     """Read lines `path label`, UTF-8; the label is what follows the last separator, so paths may contain it.
 
     Relative paths start from the folder `prefix`. Blank lines are skipped, and comments: lines that start with # and
-    name no file that exists. check_files: a file that is missing is a problem.
+    name no file that exists. check_files: a file that is missing is a problem. by_path: recognize a file by its path alone;
+    no file is looked at, which takes minutes for a large list on a network file system.
     Errors: ListError naming all problems at once, each with its line, up to `max_problems`.
     """
     problems = Problems(max_problems)
@@ -147,7 +149,7 @@ def read_list(
     for number, line in text_lines(path):
         reading.add(number, line)
     videos = reading.columns.videos(path, prefix, counted(reading.comments, "comment line"))
-    _check_files(videos, problems, missing_allowed=not check_files)
+    _check_files(videos, problems, _path_identity if by_path else _identity, missing_allowed=not check_files or by_path)
     if require_all_classes and len(videos):
         _check_classes(videos, num_classes, problems)
     problems.raise_any(f"in the list {path}")
@@ -220,12 +222,12 @@ class _Reading:
         return bool(name) and os.path.lexists(path)
 
 
-def _check_files(videos: VideoList, problems: Problems, *, missing_allowed: bool) -> None:
+def _check_files(videos: VideoList, problems: Problems, identify: _Identify, *, missing_allowed: bool) -> None:
     """Add the files that are missing and those that are listed twice. Each file, or archive, is looked at once."""
     archives: dict[str, os.stat_result] = {}
     hashes = np.empty(len(videos), np.int64)
     for index in range(len(videos)):
-        identity, reason = _identity(_joined(videos.prefix, videos.name(index)), archives)
+        identity, reason = identify(_joined(videos.prefix, videos.name(index)), archives)
         hashes[index] = hash(identity)
         if reason and not missing_allowed:
             path = videos.path(index)
@@ -235,7 +237,7 @@ def _check_files(videos: VideoList, problems: Problems, *, missing_allowed: bool
 
     def same(one: int, other: int) -> bool:
         paths = (_joined(videos.prefix, videos.name(index)) for index in (one, other))
-        return len({_identity(path, archives)[0] for path in paths}) == 1
+        return len({identify(path, archives)[0] for path in paths}) == 1
 
     for index, earlier in repeated(hashes, same):
         name, line = videos.name(index), videos.lines[earlier]
@@ -265,6 +267,14 @@ def _identity(path: str, archives: dict[str, os.stat_result]) -> tuple[Hashable,
     # Some network file systems number no files. The size guards against those that use a number twice.
     file = (found.st_dev, found.st_ino, found.st_size) if found.st_ino else os.path.normpath(path)
     return (file, place), "" if stat.S_ISREG(found.st_mode) else "Not a regular file"
+
+
+def _path_identity(path: str, archives: dict[str, os.stat_result]) -> tuple[Hashable, str]:
+    member = member_of(path)
+    return (os.path.normpath(member.tar), member.offset) if member else os.path.normpath(path), ""
+
+
+_Identify = Callable[[str, dict[str, os.stat_result]], tuple[Hashable, str]]
 
 
 def repeated(hashes: np.ndarray, same: Callable[[int, int], bool]) -> Iterator[tuple[int, int]]:

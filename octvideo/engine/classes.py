@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from octvideo.errors import RunError
 
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four: the same, full width
 SHOWN = 3  # positions, or names, that a message lists
 
 
@@ -17,6 +19,15 @@ class ClassOrderError(RunError, ValueError):
 def class_key(name: str) -> str:
     """What the names of a class in csv, label maps, folders and checkpoints have in common: letters and digits."""
     return "".join(filter(str.isalnum, name.casefold()))
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as the cell of a csv file: an apostrophe before text that a spreadsheet would run as a formula.
+
+    `class_key` is the same with and without it.
+    """
+    is_formula = isinstance(value, str) and value.lstrip().startswith(FORMULA)
+    return f"'{value}" if is_formula else value
 
 
 def check_class_order(

@@ -18,6 +18,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor
 
+from octvideo.engine.classes import csv_cell
 from octvideo.engine.metrics import (
     ClassRow,
     calibration_bins,
@@ -33,6 +34,7 @@ from octvideo.engine.scores import Averaged, ViewScores
 from octvideo.files import write_atomic
 
 NO_VIEW = "no view of it is among the scores"
+RESULT_FILES = ("test.json", "test_failed.txt", "classes.csv", "confusion.csv")  # what Results.write leaves
 SHOWN = 5  # classes, and pairs of classes, that the summary lists
 
 
@@ -177,6 +179,5 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _csv(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headers)
-    writer.writerows(rows)
+    writer.writerows([csv_cell(cell) for cell in row] for row in (headers, *rows))
     return text.getvalue()

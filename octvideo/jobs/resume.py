@@ -201,16 +201,16 @@ def trained_otherwise(cfg: CfgNode, state: dict[str, Any], path: Path) -> str:
 
     An octave network has the state dict of its vanilla counterpart: weights of another alpha load without an error.
     """
-    changed = [line for line in config_changes(cfg, state) if line.startswith(TRAINED_KEYS)]
+    changed = config_changes(cfg, state, TRAINED_KEYS)
     return f"{path}: its weights were made with {'; '.join(changed)}" if changed else ""
 
 
-def config_changes(cfg: CfgNode, state: dict[str, Any]) -> list[str]:
-    """Return lines "KEY value (here value)" for the keys in which the configuration of a checkpoint differs."""
+def config_changes(cfg: CfgNode, state: dict[str, Any], keys: Sequence[str] = ("",)) -> list[str]:
+    """Return lines "KEY value (here value)" on differences to the configuration of a checkpoint. keys: their beginnings."""
     saved = state.get("config")
     if saved is None:  # weights of another package
         return []
     try:
-        return changes(str(saved), cfg)
+        return changes(str(saved), cfg, keys)
     except ConfigError as error:
         return [f"a configuration that cannot be read ({error.problems[0]})"]

@@ -43,7 +43,7 @@ def test_what_is_absent_is_named() -> None:
     assert [drawn.title for drawn in charts] == [plan.title for plan in PLANS]
     assert [drawn.title for drawn in charts if drawn.lines] == ["Top-1 accuracy"]
     assert chart([train(1.0, top1=50.0)], "Top-1 accuracy").absent == ["epoch top1", "val top1"]
-    assert chart([], "Device memory").absent == ["train memory_gb"]
+    assert chart([], "Peak memory (GPU, or process on a CPU)").absent == ["train memory_gb"]
     assert not any(drawn.lines for drawn in curves([{"event": "run", "params": 3}, {"event": "test", "top1": 3.0}, {}]))
 
 

@@ -323,3 +323,12 @@ def test_paths_from_a_command_line_that_no_line_can_show() -> None:
 def test_paths_that_cannot_be_listed(path: str) -> None:
     assert unlistable(path).startswith("its path ")
     assert unlistable("a #1/größe.mp4") == ""
+
+
+def test_by_path_no_file_is_looked_at_and_spellings_of_a_path_are_recognized(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.txt", "a/b.mp4 0\n./a//b.mp4 1\nc.tar:0:9:x 0\n./c.tar:0:9:y 1\nd.mp4 1\n")
+    with pytest.raises(ListError) as caught:
+        read_list(path, num_classes=2, prefix="/nowhere", by_path=True)
+    assert "2 problem(s)" in str(caught.value)
+    assert "l.txt:2: './a//b.mp4' is the file 'a/b.mp4' of line 1" in str(caught.value)
+    assert "l.txt:4: './c.tar:0:9:y' is the file 'c.tar:0:9:x' of line 3" in str(caught.value)

@@ -725,3 +725,10 @@ def test_interrupted(tmp_path: Path, videos: Path, monkeypatch, capsys: pytest.C
     given = ("--list", write_list(tmp_path / "l.txt", "a.mp4"), "--prefix", videos, "--out", tmp_path / "small")
     assert kinetics.main([*map(str, ("resize", *given, "--short-side", 48))]) == 130
     assert "interrupted: run the same command again to go on" in capsys.readouterr().err
+
+
+def test_a_class_in_missing_csv_is_no_formula_and_reads_back_as_the_same_class():
+    clip = kinetics.Clip("=yoga+1", "-abcdefghij", 0, 10, "val", 0, "val.csv:2")
+    (row,) = [*csv.reader(kinetics.as_csv([clip]).splitlines())][1:]
+    assert row == ["'=yoga+1", "-abcdefghij", "0", "10", "val"]  # of an id there is nothing to run
+    assert kinetics.class_key(row[0]) == kinetics.class_key(clip.name)

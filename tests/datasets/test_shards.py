@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -169,6 +170,18 @@ def test_a_file_that_changes_while_it_is_read(
     assert f"{folder / 'train.txt'}:1: {path}" in said
     assert told in said
     assert not list((folder / "out").glob("*.t*"))
+
+
+def test_a_full_disk_is_no_fault_of_the_video(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: tarfile.TarFile, *arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    error = failing(capsys, folder, "--workers", 1)
+    assert f"{folder}/out/train-00000.tar: cannot be written (No space left on device)" in error
+    assert [path.name for path in (folder / "out").iterdir()] == ["train.json"]
 
 
 def test_videos_are_read_in_place(tmp_path: Path) -> None:

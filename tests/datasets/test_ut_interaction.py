@@ -85,10 +85,12 @@ def test_all_folds_partition_the_videos(rows, tmp_path):
     assert sorted(tested) == everything
 
 
-def test_a_second_run_writes_the_same(rows, tmp_path):
+def test_a_second_run_writes_the_same_and_prints_what_it_replaces(rows, tmp_path, capsys):
     for _ in range(2):
         assert run(tmp_path, tmp_path / "lists", "all") == 0
     assert len(list((tmp_path / "lists").iterdir())) == 7
+    printed = capsys.readouterr().out
+    assert printed.count(f"replaced {tmp_path}/lists/") == 7
 
 
 def fails(capsys, *arguments):

@@ -60,6 +60,17 @@ def test_files(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+a", "-2", "@SUM(A1)", " =b", "\uff1d1", "=cmd|' /C calc'!A0", '=HYPERLINK("x")']
+)
+def test_a_name_is_no_formula_of_a_spreadsheet(tmp_path: Path, name: str) -> None:
+    found(scores([[0, 5, 0]], [0], classes=[name, "b = c", "d"])).write(tmp_path)
+    assert [row[1] for row in rows_of(tmp_path / "classes.csv")[1:]] == [f"'{name}", "b = c", "d"]
+    header, *rows = rows_of(tmp_path / "confusion.csv")
+    assert header == ["label", f"'{name}", "b = c", "d", "not scored"] and rows[0][0] == f"'{name}"
+    assert json.loads((tmp_path / "test.json").read_text())["top1"] == 0
+
+
 def test_nothing_scored_is_a_report_too(tmp_path: Path) -> None:
     results = found(scores([], [0, 2]))
     results.write(tmp_path)

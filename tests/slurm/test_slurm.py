@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from octvideo import launch
 from octvideo.engine import checkpoint
+from octvideo.launch.follow import follow_job
 from tests.end_to_end.runs import ROOT, STEPS, Run, check_same
 from tests.slurm import fails
 from tools import evaluate, run_net
@@ -198,7 +198,7 @@ def test_cancelled_jobs_stay_cancelled(data: Path, tmp_path: Path, capsys: pytes
     ranks = job.frozen(at=4)
     slurm("scancel", job.job)
     goes_on_when_signalled(ranks, signal.SIGTERM)
-    assert launch._follow(job.job, job.folder, 1) == 1
+    assert follow_job(job.job, job.folder, 1) == 1
     assert f"job {job.job}: cancelled" in capsys.readouterr().out
     assert field(job.job, "Restarts") == "0" and not ranks_of(job.job)
 
@@ -208,7 +208,7 @@ def test_restarts_have_a_limit(data: Path, tmp_path: Path, capsys: pytest.Captur
     ranks = job.frozen(at=4)
     slurm("scancel", "--signal=USR2", job.job)
     goes_on_when_signalled(ranks, signal.SIGUSR2)
-    assert launch._follow(job.job, job.folder, 1) == 1
+    assert follow_job(job.job, job.folder, 1) == 1
     said = capsys.readouterr().out
     assert "stopped and given up after 0 restarts" in said and f"job {job.job}: failed" in said
     assert field(job.job, "Restarts") == "0" and checkpoint.found(job.run.out)
@@ -238,7 +238,7 @@ def test_an_array(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (stopped,) = (task for task in tasks if field(task, "JobId") == job)
     slurm("scancel", "--signal=USR2", stopped)
     (folder,) = (run.out / "0" / "slurm").iterdir()
-    assert launch._follow(job, folder, 3) == 0
+    assert follow_job(job, folder, 3) == 0
     said = capsys.readouterr().out
     assert all(f"job {task}: completed" in said for task in tasks)
     assert [field(task, "Restarts") for task in tasks] == [str(int(task == stopped)) for task in tasks]
@@ -287,7 +287,7 @@ def test_a_snapshot_does_not_see_later_edits(data: Path, tmp_path: Path) -> None
         command = [sys.executable, str(tree / "tools/run_net.py"), *PART, "--snapshot", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tree)})
         assert done.returncode == 0, done.stderr
-        for path in (tree / "tools/run_net.py", tree / "octvideo/launch.py", tree / "octvideo/__init__.py"):
+        for path in (tree / "tools/run_net.py", tree / "octvideo/launch/__init__.py", tree / "octvideo/__init__.py"):
             path.write_text("raise SystemExit('edited')\n")
     finally:
         slurm("scontrol", "update", f"nodename={NODES}", "state=resume")

@@ -80,7 +80,7 @@ def test_a_typo_is_one_message() -> None:
     assert "nowhere.yaml" in err.getvalue()
 
 
-def test_a_picture_of_what_the_network_is_shown(tmp_path: Path) -> None:
+def test_a_picture_of_what_the_network_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     motion.make(tmp_path / "motion", motion.Settings(train=1, val=1), workers=1)
     lists = ["DATA.TRAIN_LIST", f"{tmp_path}/motion/train.txt", "DATA.VAL_LIST", f"{tmp_path}/motion/val.txt"]
     lists += ["DATA.PREFIX", f"{tmp_path}/motion", "TEST.CLIPS", "2"]
@@ -95,7 +95,16 @@ def test_a_picture_of_what_the_network_is_shown(tmp_path: Path) -> None:
     for t in range(8):
         left = MARGIN + t * (64 + MARGIN)
         np.testing.assert_array_equal(sheet[row : row + 64, left : left + 64], clip[:, t].permute(1, 2, 0).numpy())
+    again = say("clip", "--cfg", cfg_path, "--index", "5", "--out", out, "--epochs", "2", *lists)
+    assert again.startswith(f"replaced {out}\n")
+    monkeypatch.chdir(tmp_path / "motion")
+    before = sorted(Path().iterdir())
+    said = say("clip", "--cfg", cfg_path, "--index", "5", *lists, "OUTPUT_DIR", str(tmp_path / "run"))
+    assert "replaced" not in said and (tmp_path / "run/clip_5.png").exists() and sorted(Path().iterdir()) == before
     err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert analyze.main(["clip", "--cfg", cfg_path, "--index", "5", "--out", "train.txt", *lists]) == 2
+    assert "train.txt is there, and not an earlier output" in err.getvalue()
     with contextlib.redirect_stderr(err):
         assert analyze.main(["clip", "--cfg", cfg_path, "--index", "8", *lists]) == 2
     assert "train.txt: --index 8 is outside 0..7" in err.getvalue()

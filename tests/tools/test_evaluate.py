@@ -210,6 +210,9 @@ def test_scores_are_enough(
     assert report["views"] == len(views.get("clips", range(4))) * len(views.get("crops", range(3)))
     if not flags:
         assert report == report_of(folder)
+        assert "replaced" not in said
+        again, _ = run("--scores", folder / "scores.npz", "--out", tmp_path / "out")
+        assert f"replaced in {tmp_path / 'out'}: test.json, test_failed.txt, classes.csv, confusion.csv" in again
         for name in ("classes.csv", "confusion.csv", "test_failed.txt"):
             assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
@@ -401,6 +404,11 @@ def test_pages_of_scores(tested: list[tuple[Path, str]], tmp_path: Path) -> None
     text = text_of(tmp_path / "a.html")
     assert "views 6 clips 2 crops 3" in text and f"scores {a}" in text and len(cards(tmp_path / "a.html")) == 12
     assert "No history: no training is told of in" in text and f"{a.parent}/metrics.jsonl" in text  # only of a test
+    said, _ = run("--scores", a, "--clips", "2", "--out", tmp_path / "again", "--report", tmp_path / "a.html")
+    assert f"replaced {tmp_path / 'a.html'}\n" in said
+    (tmp_path / "mine.html").write_text("<p>mine")
+    _, wrong = run("--scores", a, "--out", tmp_path / "no", "--report", tmp_path / "mine.html", status=2)
+    assert "mine.html is there, and not an earlier output" in wrong and not (tmp_path / "no").exists()
     run("--scores", a, b, "--weights", "3", "1", "--out", tmp_path / "ab", "--report", tmp_path / "ab.html")
     text, members = text_of(tmp_path / "ab.html"), report_of(tmp_path / "ab")["members"]
     assert "Test of an ensemble of 2 networks" in text and "No history: an ensemble has none of its own." in text
@@ -469,7 +477,7 @@ def test_a_sweep_over_checkpoints_is_one_array(
     (tmp_path / "sweep.txt").write_text(f"TEST.CLIPS 2\nTEST.CHECKPOINT {networks[1]}\n")
     flags = ["--slurm", "--dry-run", "--array-overrides", tmp_path / "sweep.txt", "--out", tmp_path / "out"]
     seen = []
-    monkeypatch.setattr(evaluate.launch, "_submit", lambda request, script, jobs: seen.append((script, jobs)) or 0)
+    monkeypatch.setattr(evaluate.launch, "submit", lambda request, script, jobs: seen.append((script, jobs)) or 0)
     run("--cfg", CONFIG, "--checkpoint", networks[0], "--average", "logits", *flags, *overrides(data))
     asked = ["--cfg", CONFIG, "--checkpoint", networks[0], *flags, "--report", "page.html", *overrides(data)]
     assert "--report page.html: 2 tests would write to that one page" in run(*asked, status=2)[1]

@@ -129,6 +129,18 @@ def test_weights_of_another_alpha_are_remarked(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.startswith(said)
 
 
+def test_what_is_replaced(tmp_path: Path) -> None:
+    run("--random-weights", "--out", tmp_path / "net.pt2")
+    out, _ = run("--random-weights", "--out", tmp_path / "net.pt2")
+    assert f"replaced {tmp_path}/net.pt2\n" in out
+    (tmp_path / "data.bin").write_bytes(b"mine")
+    (tmp_path / "pom.xml").write_text("<project>")
+    for name in ("data", "pom"):
+        _, err = run("--random-weights", "--out", tmp_path / f"{name}.xml", status=2)
+        assert f"{name}.bin is there, and not a network" in err
+    assert (tmp_path / "data.bin").read_bytes() == b"mine" and (tmp_path / "pom.xml").read_text() == "<project>"
+
+
 def test_what_does_not_agree_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "net.pt2"
     out.write_text("of before")

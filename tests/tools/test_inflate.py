@@ -46,6 +46,22 @@ def test_a_checkpoint_of_ours_with_the_head_kept(tmp_path: Path) -> None:
     assert state["source"].endswith("in.pt") and "i3d_tiny" in state["config"]
 
 
+def test_only_an_earlier_file_of_this_tool_is_replaced(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    checkpoint.save_weights(source, image_weights(8))
+    run(source, out)
+    said, _ = run(source, out, "--how", "centre")
+    assert f"replaced {out}\n" in said
+    trained = checkpoint.save(tmp_path, 7, {"model": {}}, keep=1)
+    text = tmp_path / "list.txt"
+    text.write_text("a.mp4 0\n")
+    for other in (source, trained, text, tmp_path):
+        before = other.read_bytes() if other.is_file() else None
+        _, wrong = run(source, other, status=2)
+        assert f"--out {other}" in wrong and "give another --out" in wrong
+        assert before is None or other.read_bytes() == before
+
+
 def test_another_number_of_classes_is_an_error_unless_a_new_head_is_asked_for(tmp_path: Path) -> None:
     checkpoint.save_weights(tmp_path / "in.pt", image_weights(10))
     _, wrong = run(tmp_path / "in.pt", tmp_path / "out.pt", status=1)

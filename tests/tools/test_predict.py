@@ -3,6 +3,9 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -123,7 +126,7 @@ def test_scores_are_those_of_a_test(videos: Path, trained: Path, tmp_path: Path)
     assert "| 1       | 0.53-0.80 | " in out and "wide.mp4: 20 frames at 15 a second, 1.33 s" in out
     assert f"| average |           | {best['name']} {100 * best['probability']:.1f} %" in out
     keys = {"config", "model", "alpha", "checkpoint", "random_weights", "moving_average", "step", "epoch"}
-    assert set(found) == keys | {"clips", "crops", "videos", "failed"}
+    assert set(found) == keys | {"clips", "crops", "input", "videos", "failed"}
     assert (found["checkpoint"], found["step"], found["epoch"]) == (str(trained), 7, 2)
 
 
@@ -281,6 +284,69 @@ def test_a_bad_file_is_named_and_the_others_go_on(videos: Path, trained: Path, t
     assert not (tmp_path / "bad_features.npz").exists() and (tmp_path / "one_features.npz").exists()
 
 
+def test_a_second_call_loses_nothing_of_the_first(videos: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other/one.mp4"
+    other.write_bytes((videos / "wide.mp4").read_bytes())
+    wide, one = str(videos / "wide.mp4"), str(videos / "one.mp4")
+    words = ["--checkpoint", str(trained), "--clips", "1", "--features", "--out", str(tmp_path / "out")]
+    run(wide, one, *words)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    out, _ = run(str(other), str(videos / "bad.mp4"), *words, status=1)
+    assert "1 of 2 files predicted" in out and "2 more from earlier calls" in out and "replaced" not in out
+    assert [video["path"] for video in report(tmp_path / "out")["videos"]] == [wide, one, str(other)]
+    assert [entry["path"] for entry in report(tmp_path / "out")["failed"]] == [str(videos / "bad.mp4")]
+    assert (tmp_path / "out/one_2_features.npz").exists()  # of the other file called one
+    for name in ("wide_features.npz", "one_features.npz"):
+        assert (tmp_path / "out" / name).read_bytes() == first[name]
+    out, _ = run(str(other), *words)
+    assert (
+        f"replaced {tmp_path}/out/one_2_features.npz" in out and "replaced the earlier predictions of 1 file\n" in out
+    )
+    out, _ = run(wide, *words, "--crops", "1")
+    assert f"kept as {tmp_path}/out/predictions_1.json" in out and len(report(tmp_path / "out")["videos"]) == 1
+    assert len(json.loads((tmp_path / "out/predictions_1.json").read_text())["videos"]) == 3
+
+
+def test_what_was_predicted_before_an_interruption_is_written(
+    videos: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(network: predict.Network, samples: Any, number: int) -> predict.Seen:
+        if number == 1:
+            raise KeyboardInterrupt
+        return look(network, samples, number)
+
+    look = predict.look
+    monkeypatch.setattr(predict, "look", interrupted)
+    files = [str(videos / name) for name in ("wide.mp4", "one.mp4")]
+    run(*files, "--checkpoint", str(trained), "--out", str(tmp_path), status=130)
+    assert [video["path"] for video in report(tmp_path)["videos"]] == [str(videos / "wide.mp4")]
+
+
+def test_streams_that_go_away_or_lack_a_character(videos: Path, trained: Path, tmp_path: Path) -> None:
+    """As a process: the pipe is closed after the first line, and the path cannot be written in ASCII."""
+    video = tmp_path / "\u52d5\u753b.mp4"
+    video.write_bytes((videos / "wide.mp4").read_bytes())
+    words = [
+        str(video),
+        str(videos / "one.mp4"),
+        "--checkpoint",
+        str(trained),
+        "--features",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command = [sys.executable, str(ROOT / "tools/predict.py"), *words, "--cfg", CFG, *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert [entry["path"] for entry in report(tmp_path / "out")["videos"]] == words[:2]
+    assert (tmp_path / "out/\u52d5\u753b_features.npz").exists()
+
+
 def test_damage_between_the_clips_leaves_no_half_video(
     videos: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,7 +469,10 @@ def test_files_and_overrides_are_told_apart(tmp_path: Path, monkeypatch: pytest.
         (["a.mp4", "--clips", "0"], ["TEST.CLIPS is 0; allowed: 1 or more"]),
         (["a.mp4", "--top", "0"], ["--top is 0; allowed: 1 or more"]),
         (["a.mp4", "--random-weights", "--checkpoint", "x.pt"], ["--random-weights and --checkpoint contradict"]),
-        (["a_annotated.mp4", "a.mp4", "--annotate", "--out", "."], ["a_annotated.mp4: would be written over"]),
+        (
+            ["a_annotated.mp4", "a.mp4", "--annotate", "--random-weights", "--out", "."],
+            ["a_annotated.mp4: would be written over"],
+        ),
         (["a.mp4", "--random-weights", "--annotate", "--font", "a.mp4"], ["--font a.mp4: cannot be used"]),
         (["a.mp4", "--random-weights", "--out", "a.mp4/x"], ["a.mp4/x: cannot be made"]),
     ],
@@ -421,9 +490,7 @@ def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: 
     )
 
 
-def test_files_of_one_name_get_outputs_of_their_own() -> None:
-    files = ["a/x.mp4", "b/x.mp4", "x_2.avi", "c/x.mkv", "x.tar.mp4"]
-    assert predict.output_names(files) == ["x", "x_2", "x_2_2", "x_3", "x.tar"]
+def test_outputs_are_named_after_the_file() -> None:
     options = Namespace(annotate=False, saliency=True, features=True)
     assert predict.outputs(options, Path("o"), "x") == {
         "sheet": Path("o/x_saliency.png"),
@@ -438,7 +505,9 @@ def test_an_image_network_takes_images(videos: Path, tmp_path: Path) -> None:
     out, err = run(*words, str(videos / "one.mp4"), "--saliency", "--features", cfg=IMAGES, status=1)
     assert "one.mp4: is no JPEG" in err
     (answer,) = report(tmp_path / "out")["videos"]
-    assert set(answer) == {"path", "clips", "average"} and answer["clips"][0]["top"] == answer["average"]
+    assert (
+        set(answer) == {"path", "file", "name", "clips", "average"} and answer["clips"][0]["top"] == answer["average"]
+    )
     assert "average" in out and "0.00-" not in out
     assert np.asarray(Image.open(tmp_path / "out/a_saliency.png")).shape[0] == 4 + 16 + 2 * 128 + 4
     with np.load(tmp_path / "out/a_features.npz") as stored:
