@@ -424,7 +424,9 @@ def _loader(
 @lru_cache  # a run has several loaders
 def _note_cores(num_workers: int) -> None:
     if num_workers > (cores := _cores()):
-        text = f"DATA.NUM_WORKERS is {num_workers}, but this process has {cores} cores: set {cores}, more only use memory"
+        text = (
+            f"DATA.NUM_WORKERS is {num_workers}, but this process has {cores} cores: set {cores}, more only use memory"
+        )
         print(text, file=sys.stderr)
 
 

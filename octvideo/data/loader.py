@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import Dataset
 
 from octvideo.data.dataset import Batch, Replacing, Sample, collate
+from octvideo.data.handover import WorkerError, descriptors_cause
 from octvideo.data.sampling import seeded_generator
-from octvideo.data.workers import POLL_S, Readings, WorkerError, Workers, descriptors_cause
+from octvideo.data.workers import POLL_S, Readings, Workers
 from octvideo.errors import RunError
 
 
@@ -114,9 +115,9 @@ class Loader:
         pin_memory: bool = False,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
-        self.batch_sampler, self.path_of, self.num_workers = batches, path_of, num_workers
+        self.batch_sampler, self.num_workers = batches, num_workers
         self.timeout_s, self.pin_memory, self.poll = timeout_s, pin_memory, poll
-        self._readings = Readings(num_workers)
+        self._readings = Readings(num_workers, path_of)
         self._dataset = _watched(dataset, self._readings)
         self._workers: Workers | None = None
 
@@ -138,7 +139,7 @@ class Loader:
             raise
         except WorkerError as error:
             self.close()
-            raise LoaderError(self._message(error)) from error
+            raise LoaderError(str(error)) from error
         except BaseException:
             self.close()
             raise
@@ -154,15 +155,6 @@ class Loader:
 
     def _load(self, keys: list[Any]) -> Batch:
         return collate([self._dataset[key] for key in keys])
-
-    def _message(self, error: WorkerError) -> str:
-        if error.worker is None:
-            return str(error)
-        if (reading := self._readings.of(error.worker)) is None:
-            return f"{error}; it was not reading a file: no file is to blame"
-        entry, seconds = reading
-        remedy = ": inspect this file, or remove it from the list" if error.suspects_file else ""
-        return f"{error}; it was reading {self.path_of(entry)} (for {seconds:.0f} s){remedy}"
 
 
 def _pinned(batches: Callable[[Callable[[], None]], Iterator[Batch]], poll: Callable[[], None]) -> Iterator[Batch]:
