@@ -86,13 +86,15 @@ def test_more_workers_than_cores_are_noted_once_by_the_main_rank(
 ) -> None:
     monkeypatch.setattr(build, "_cores", lambda: 2)
     build._note_cores.cache_clear()
-    (tmp_path / "list.txt").write_text("".join(f"{index}.mp4 {index}\n" for index in range(8)))
-    loaders = []
+    files = [tmp_path / f"{label}.mp4" for label in range(8)]
+    for file in files:
+        file.touch()
+    (tmp_path / "list.txt").write_text("".join(f"{file} {label}\n" for label, file in enumerate(files)))
     for workers in (2, 3):
         overrides = ["DATA.NUM_WORKERS", str(workers), "TRAIN.BATCH_SIZE", "8"]
-        cfg = build.load_config("configs/motion/oct_i3d_tiny.yaml", overrides)
+        cfg = build.load_config(TINY, overrides)
         videos = read_list(str(tmp_path / "list.txt"), num_classes=cfg.MODEL.NUM_CLASSES)
         for world in (World(1, 2, 1, 2), World(), World()):
-            loaders.append(build.train_loader(cfg, videos, world, torch.device("cpu")))
+            build.train_loader(cfg, videos, world, torch.device("cpu"))
     (line,) = capsys.readouterr().err.splitlines()
     assert "DATA.NUM_WORKERS is 3," in line and "2 cores" in line
