@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import sys
 import threading
 import time
@@ -109,15 +110,15 @@ class Meeting:
         Takes some seconds: one rank asks all others, which also get its result.
         """
         try:
-            verdict = _within(3 * ANSWER_S, self._verdict)
+            verdict = _within(2 * ANSWER_S, self._verdict)
         except (RuntimeError, TimeoutError):
             verdict = f"no answer from {self.name(0)}: its process ended or is stopped, or the machine is lost"
-        return DistributedError(f"{verdict} ({first_line(error)})")
+        return DistributedError(f"{verdict} ({_reason(error)})")
 
     def _verdict(self) -> str:
         self._note(_WAITS)
         if self.store.add("investigators", 1) > 1:
-            self.store.wait(["verdict"], timedelta(seconds=2 * ANSWER_S))
+            self.store.wait(["verdict"], timedelta(seconds=1.5 * ANSWER_S))
             return self.store.get("verdict").decode()
         self.store.set("question", "")
         end = time.monotonic() + ANSWER_S
@@ -178,6 +179,11 @@ def is_of_ranks(error: BaseException) -> bool:
 
 def seconds(timeout: timedelta) -> str:
     return f"{timeout.total_seconds():g} s"
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence of torch's text, without the file of gloo that it is from."""
+    return re.sub(r"^\[[^]]*\] ", "", first_line(error)).split(". ")[0]
 
 
 def _place(thread: threading.Thread) -> str:
