@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -338,8 +339,11 @@ def class_names(cfg: CfgNode, path: str) -> list[str]:
 
 def use_threads(cfg: CfgNode, world: World) -> None:
     """Set torch's threads in this process. Each more than there are free cores would make all of them wait."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cfg.NUM_THREADS or max(1, cores // world.local_size - cfg.DATA.NUM_WORKERS))
+    torch.set_num_threads(cfg.NUM_THREADS or max(1, _cores() // world.local_size - cfg.DATA.NUM_WORKERS))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def video_list(cfg: CfgNode, path: str, *, training: bool) -> VideoList:
@@ -368,7 +372,7 @@ def train_loader(cfg: CfgNode, videos: VideoList, world: World, device: torch.de
     samples: Dataset[Sample] = train_samples(cfg, videos)
     if cfg.DATA.MAX_FAILED_FRACTION:
         samples = Replacing(samples, cfg.SEED)
-    return _loader(cfg, samples, videos, batches, device)
+    return _loader(cfg, samples, videos, batches, world, device)
 
 
 def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainDataset:
@@ -407,7 +411,7 @@ def eval_loader(
 ) -> Loader:
     videos_per_batch = max(1, cfg.TEST.BATCH_SIZE // (num_clips * num_crops))
     batches = loader.EvalBatches(len(videos), batch_size=videos_per_batch, rank=world.rank, world_size=world.size)
-    return _loader(cfg, eval_samples(cfg, videos, num_clips, num_crops), videos, batches, device)
+    return _loader(cfg, eval_samples(cfg, videos, num_clips, num_crops), videos, batches, world, device)
 
 
 def eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int) -> EvalDataset | ImageEvalDataset:
@@ -438,8 +442,11 @@ def _loader(
     samples: Dataset[Sample],
     videos: VideoList,
     batches: loader.TrainBatches | loader.EvalBatches,
+    world: World,
     device: torch.device,
 ) -> Loader:
+    if world.main:
+        _note_cores(cfg.DATA.NUM_WORKERS)
     return Loader(
         samples,
         batches,
@@ -448,6 +455,15 @@ def _loader(
         timeout_s=cfg.DATA.TIMEOUT_S,
         pin_memory=device.type == "cuda",
     )
+
+
+@lru_cache  # a run has several loaders
+def _note_cores(num_workers: int) -> None:
+    if num_workers > (cores := _cores()):
+        text = (
+            f"DATA.NUM_WORKERS is {num_workers}, but this process has {cores} cores: set {cores}, more only use memory"
+        )
+        print(text, file=sys.stderr)
 
 
 def epochs_in_all(cfg: CfgNode, steps_per_epoch: int) -> float:

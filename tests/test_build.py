@@ -102,3 +102,22 @@ def test_class_names_are_lines(tmp_path: Path) -> None:
 def test_class_names_that_are_none(tmp_path: Path, content: bytes, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         class_names(tmp_path, content)
+
+
+def test_more_workers_than_cores_are_noted_once_by_the_main_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "_cores", lambda: 2)
+    build._note_cores.cache_clear()
+    files = [tmp_path / f"{label}.mp4" for label in range(8)]
+    for file in files:
+        file.touch()
+    (tmp_path / "list.txt").write_text("".join(f"{file} {label}\n" for label, file in enumerate(files)))
+    for workers in (2, 3):
+        overrides = ["DATA.NUM_WORKERS", str(workers), "TRAIN.BATCH_SIZE", "8"]
+        cfg = build.load_config(TINY, overrides)
+        videos = read_list(str(tmp_path / "list.txt"), num_classes=cfg.MODEL.NUM_CLASSES)
+        for world in (World(1, 2, 1, 2), World(), World()):
+            build.train_loader(cfg, videos, world, torch.device("cpu"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "DATA.NUM_WORKERS is 3," in line and "2 cores" in line

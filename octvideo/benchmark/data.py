@@ -7,7 +7,6 @@ import itertools
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -160,13 +159,11 @@ def _decode(path: str, turn: int, cfg: CfgNode) -> None:
 def _per_workers(options: argparse.Namespace, cfg: CfgNode, videos: VideoList) -> None:
     """The whole loader by the clock on the wall. Small batches, because each is one worker's."""
     entries = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the question here
-        for workers in options.workers:
-            own = build.load_config(options.cfg, [*options.overrides, "DATA.NUM_WORKERS", str(workers)])
-            loader = build.train_loader(own, videos, World(), torch.device("cpu"))
-            entries.append(Timed(f"{workers}", _epochs(loader)))
-        in_turn(entries, options.rounds)
+    for workers in options.workers:
+        own = build.load_config(options.cfg, [*options.overrides, "DATA.NUM_WORKERS", str(workers)])
+        loader = build.train_loader(own, videos, World(), torch.device("cpu"))
+        entries.append(Timed(f"{workers}", _epochs(loader)))
+    in_turn(entries, options.rounds)
     rows = [[entry.name, *entry.cells()] for entry in entries]
     print(
         f"the loader with {cfg.DATA.DECODER}, {len(os.sched_getaffinity(0))} cores, {options.rounds} rounds of an epoch"

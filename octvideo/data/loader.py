@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import multiprocessing
-import signal
+import contextlib
+import errno
+import os
+import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from octvideo.data.dataset import Batch, Sample, collate
+from octvideo.data.dataset import Batch, Replacing, Sample, collate
+from octvideo.data.handover import WorkerError, descriptors_cause
 from octvideo.data.sampling import seeded_generator
+from octvideo.data.workers import POLL_S, Readings, Workers
 from octvideo.errors import RunError
 
 
@@ -92,15 +96,17 @@ class EvalBatches:
 
 
 class LoaderError(RunError, RuntimeError):
-    """A worker that hangs or has died; the message names the file that it was reading."""
+    """A worker that hangs or has died; the message names the cause, and the file that it was reading."""
 
 
 class Loader:
     """Batches of a dataset, by workers or in this process; the same for any number of workers.
 
-    Call `batch_sampler.set_epoch` before each epoch: keys carry the epoch into workers, which live on. Raises
-    LoaderError where the next batch takes longer than `timeout_s` (0: no limit) or a worker dies; path_of gives the
-    name of a key's file. Workers run torch on one thread.
+    Call `batch_sampler.set_epoch` before each epoch: keys carry the epoch to the workers, which stay alive between epochs.
+    Raises LoaderError if a worker dies, or the next batch takes longer than `timeout_s` (0: no limit), or there is no shared
+    memory or file descriptor left. path_of: entry -> name of its file. poll: called in this thread at least every 0.2 s of a
+    wait for workers. What it raises ends the wait. After any exception the workers are killed; the next iteration starts
+    new ones. They run torch on one thread.
     """
 
     def __init__(
@@ -112,93 +118,126 @@ class Loader:
         num_workers: int,
         timeout_s: float = 0,
         pin_memory: bool = False,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
-        if num_workers:
-            # An exception that ends the process still holds its loaders, and multiprocessing would wait for their workers
-            # for ever, since these ignore the SIGTERM that it sends.
-            atexit.unregister(_kill_workers)
-            atexit.register(_kill_workers)
-        self.batch_sampler, self.path_of, self.timeout_s = batches, path_of, timeout_s
-        self.watched = Watched(dataset, num_workers)
-        self.loader = DataLoader(
-            self.watched,
-            batch_sampler=batches,
-            num_workers=num_workers,
-            collate_fn=collate,
-            timeout=timeout_s if num_workers else 0,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=2 if num_workers else None,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # its own: else every epoch draws from the global one
-        )
+        self.batch_sampler, self.num_workers = batches, num_workers
+        self.timeout_s, self.pin_memory, self.poll = timeout_s, pin_memory, poll
+        self._readings = Readings(num_workers, path_of)
+        self._dataset = _watched(dataset, self._readings)
+        self._workers: Workers | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.loader.num_workers:
-            # Decoders that the program has dropped, but not freed yet, would be freed by a worker, which waits for ever for
-            # their threads: a fork has none of them.
-            gc.collect()
         try:
-            yield from self.loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):
-                raise  # an exception in a dataset; what follows is about the workers themselves
-            _kill_workers()  # the run ends here, and a worker that hangs in native code answers to nothing else
-            hanging = "timed out" in str(error)
-            what = f"no batch within DATA.TIMEOUT_S {self.timeout_s:g} s" if hanging else "a decoding worker died"
-            raise LoaderError(f"{what}; {self._reading()}") from error
+            if self.num_workers and self._workers is None:  # in this thread: see workers._start
+                self._workers = Workers(self._load, self.num_workers, self._readings)
+            if self._workers is None:
+                batches = map(self._load, self.batch_sampler)
+                yield from map(_pin, batches) if self.pin_memory else batches
+            elif self.pin_memory:
+                yield from _pinned(partial(self._received, self._workers), self.poll)
+            else:
+                yield from self._received(self._workers, self.poll)
+        except GeneratorExit:  # the caller takes no more batches of this epoch
+            raise
+        except WorkerError as error:
+            self.close()
+            raise LoaderError(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
 
-    def _reading(self) -> str:
-        """The files that workers are at, the longest one first."""
-        now = time.monotonic()
-        busy = [(now - float(since), int(index)) for index, since in self.watched.state.tolist() if index >= 0]
-        if not busy:
-            return "no worker was reading a file: look at the machine (memory, file system)"
-        lines = [f"{seconds:.0f} s: {self.path_of(index)}" for seconds, index in sorted(busy, reverse=True)]
-        return (
-            "workers have been reading, for\n  " + "\n  ".join(lines) + "\ntake the first off the list, or look at it"
-        )
+    def close(self) -> None:
+        """Kill the workers. The next iteration starts new ones."""
+        if self._workers:
+            self._workers.close()
+            self._workers = None
 
+    def _received(self, workers: Workers, poll: Callable[[], None]) -> Iterator[Batch]:
+        return workers.results(iter(self.batch_sampler), self.timeout_s, poll)
 
-def _ignore_signals(worker: int) -> None:
-    """A cluster signals every process of a job. The training process decides what to do; it needs its workers for that."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _kill_workers() -> None:
-    """Of all loaders; returns when they are gone, or after seconds in which the system could not end them."""
-    workers = [process for process in multiprocessing.active_children() if process.daemon]
-    # torch's handler of SIGCHLD raises an error for each, wherever the program has got to by then
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
-    for process in workers:
-        process.kill()
-    for process in workers:
-        process.join(timeout=5)
-    if in_main:
-        signal.signal(signal.SIGCHLD, handler)
+    def _load(self, keys: list[Any]) -> Batch:
+        return collate([self._dataset[key] for key in keys])
 
 
-class Watched(Dataset[Sample]):
-    """A dataset that notes, for each worker in memory that all processes share, which entry it reads since when."""
+def _pinned(batches: Callable[[Callable[[], None]], Iterator[Batch]], poll: Callable[[], None]) -> Iterator[Batch]:
+    """Yield the batches in pinned memory. A thread receives and copies them, one ahead of the caller.
 
-    def __init__(self, samples: Dataset[Sample], num_workers: int) -> None:
-        self.samples = samples
-        # [workers, 2]: index (-1: none) and time.monotonic(), which is one clock for all processes of a machine
-        self.state = torch.full((max(num_workers, 1), 2), -1.0, dtype=torch.float64).share_memory_()
+    batches: function of what it calls while it waits. poll: called in the caller's thread.
+    """
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=1)
+    ended, device = threading.Event(), torch.cuda.current_device()
+
+    def check() -> None:
+        if ended.is_set():
+            raise GeneratorExit
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=POLL_S)
+
+    def run() -> None:
+        torch.cuda.set_device(device)
+        torch.set_num_threads(1)  # of this thread: a copy needs no more
+        try:
+            for batch in batches(check):
+                put(_pin(batch))
+                check()
+            put(None)
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            put(error)
+
+    thread = threading.Thread(target=run, name="pin batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item = ready.get(timeout=POLL_S)
+            except queue.Empty:
+                poll()
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        thread.join(5)
+
+
+def _pin(batch: Batch) -> Batch:
+    return batch._replace(
+        clips=batch.clips.pin_memory(),
+        labels=batch.labels.pin_memory(),
+        videos=batch.videos.pin_memory(),
+        failed_videos=batch.failed_videos.pin_memory(),
+    )
+
+
+def _watched(dataset: Dataset[Sample], readings: Readings) -> Dataset[Sample]:
+    """Return the dataset with a note of each entry that it reads, replacements included."""
+    if isinstance(dataset, Replacing):
+        return replace(dataset, samples=_watched(dataset.samples, readings))
+    return HeartbeatDataset(dataset, readings)
+
+
+class HeartbeatDataset(Dataset[Sample]):
+    """A dataset that notes which entry it reads, since when."""
+
+    def __init__(self, samples: Dataset[Sample], readings: Readings) -> None:
+        self.samples, self.readings = samples, readings
 
     def __len__(self) -> int:
         return len(self.samples)  # type: ignore[arg-type]
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        worker = torch.utils.data.get_worker_info()
-        place = self.state[worker.id if worker else 0]
-        place[1] = time.monotonic()
-        place[0] = key[1] if isinstance(key, tuple) else key
+        self.readings.begin(key[1] if isinstance(key, tuple) else key)
         sample = self.samples[key]
-        place[0] = -1
+        self.readings.end()
+        if os.strerror(errno.EMFILE) in sample.error:  # which is not the fault of the file
+            raise WorkerError(descriptors_cause())
         return sample

@@ -1,10 +1,11 @@
-"""Ranks and what they say to each other. Every function also works in a single process."""
+"""Ranks and what they exchange. Every function also works in a single process."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,11 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from octvideo.errors import RunError
-
-
-class DistributedError(RunError, RuntimeError):
-    """The environment of the processes contradicts itself, or some of them did not come."""
+from octvideo.engine.meeting import DistributedError, Meeting, is_of_ranks, seconds
+from octvideo.files import first_line
 
 
 @dataclass(frozen=True)
@@ -142,56 +140,8 @@ def device_of(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-class _Meeting:
-    """Ranks leave word with the store that rank 0 (under torchrun: its agent) keeps, so it is known who has not come."""
-
-    def __init__(self, store: dist.Store, world: World) -> None:
-        self.store, self.world, self.number = store, world, 0
-
-    def wait(self, what: str, timeout: timedelta) -> None:
-        self.number += 1
-        open_, came = f"{self.number}/open", f"{self.number}/{self.world.rank}"
-        try:
-            self.store.set(came, "")
-            if self.world.main:
-                missing = self._missing(timeout)
-                self.store.set(open_, ",".join(map(str, missing)))
-                if missing:
-                    time.sleep(1)  # the others read it from this process, which is about to end
-                self.store.delete_key(f"{self.number - 1}/open")  # all have read it, or they had not come here
-            else:
-                self.store.wait([open_], timeout + timedelta(seconds=15))  # rank 0 may have begun to wait later
-                missing = [int(rank) for rank in self.store.get(open_).decode().split(",") if rank]
-            self.store.delete_key(came)
-        except RuntimeError as error:  # the base of torch's own errors of stores and sockets
-            raise DistributedError(f"{what}: rank 0 is gone, or has not come within {_said(timeout)}") from error
-        if missing:
-            names = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-            raise DistributedError(
-                f"{what}: of {self.world.size} ranks, rank(s) {names} did not come within {_said(timeout)}; see what "
-                "they say, and whether their machines reach rank 0's"
-            )
-
-    def _missing(self, timeout: timedelta) -> list[int]:
-        """The ranks that leave no word within the time."""
-        end = time.monotonic() + timeout.total_seconds()
-        missing = []
-        for rank in range(self.world.size):
-            key = f"{self.number}/{rank}"
-            try:
-                self.store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
-            except RuntimeError:
-                if not self.store.check([key]):
-                    missing.append(rank)
-        return missing
-
-
-_meeting: _Meeting | None = None  # of the process group, which is torch's own global
+_meeting: Meeting | None = None  # of the process group, which is torch's own global
 _host_group: dist.ProcessGroup | None = None  # over CPUs, for numbers that the host decides by; None without processes
-
-
-def _said(timeout: timedelta) -> str:
-    return f"{timeout.total_seconds():g} s"
 
 
 def start(
@@ -208,46 +158,71 @@ def start(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.size > 1:
-        store = _store(world, meet_within)
-        _meeting = _Meeting(dist.PrefixStore("meeting", store), world)
-        _meeting.wait("start", meet_within)
+        agent = (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        )  # torchrun's, which listens at the port already
+        store = _store(world, meet_within, listen=world.main and not agent)
+        notes = [dist.PrefixStore("meeting", connection) for connection in (store, _store(world, meet_within))]
+        _meeting = Meeting(*notes, rank=world.rank, size=world.size)
+        _meeting.open(meet_within)
+        # If a rank hangs, NCCL's watchdog ends the processes without an exception. The hosts, which meet at every step,
+        # get theirs before.
+        later = timedelta(minutes=1)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
             rank=world.rank,
             world_size=world.size,
-            timeout=timeout,
+            timeout=timeout + later if device.type == "cuda" else timeout,
         )
         _host_group = dist.new_group(backend="gloo", timeout=timeout)
 
 
-def _store(world: World, timeout: timedelta) -> dist.Store:
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent listens at the port already
+def _store(world: World, timeout: timedelta, *, listen: bool = False) -> dist.Store:
     where = f"{world.address}:{world.port}"
     try:
-        store = dist.TCPStore(
-            world.address, world.port, None, world.main and not agent, timeout, wait_for_workers=False
-        )
+        store = dist.TCPStore(world.address, world.port, None, listen, timeout, wait_for_workers=False)
     except RuntimeError as error:
-        what = "could not listen at" if world.main and not agent else f"did not answer within {_said(timeout)} at"
-        said = str(error).splitlines()[0]
-        raise DistributedError(f"rank {world.rank} of {world.size}: rank 0 {what} {where} ({said})") from error
+        what = "could not listen at" if listen else f"did not answer within {seconds(timeout)} at"
+        raise DistributedError(
+            f"rank {world.rank} of {world.size}: rank 0 {what} {where} ({first_line(error)})"
+        ) from error
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+@contextlib.contextmanager
+def named_ranks() -> Iterator[None]:
+    """Inside, torch's error in a collective becomes a DistributedError that names the ranks which are its cause.
+
+    Any other exception is noted for the ranks that will wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _meeting is None or isinstance(error, DistributedError):
+            raise
+        if is_of_ranks(error):
+            raise _meeting.explain(error) from error
+        _meeting.report(error)
+        raise
+
+
 def barrier(what: str, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Wait for every rank. Raises DistributedError, on all that wait, naming those that do not come within the time."""
+    """Wait for every rank. Raises DistributedError, on all that wait, naming those that do not join within the time."""
     if _meeting:
         _meeting.wait(what, timeout)
 
 
 def stop() -> None:
     global _meeting, _host_group
+    if _meeting:
+        _meeting.close()
     _meeting = _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+@named_ranks()
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum over the ranks, in place."""
     if dist.is_initialized():
@@ -255,6 +230,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@named_ranks()
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """The largest over the ranks, in place."""
     if dist.is_initialized():
@@ -277,6 +253,7 @@ class HostMax:
         """True if there is one process only."""
         return _host_group is None
 
+    @named_ranks()
     def __call__(self, value: int) -> int:
         if _host_group is None:
             return value
@@ -291,6 +268,7 @@ class HostMax:
         return largest
 
 
+@named_ranks()
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():
@@ -300,6 +278,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+@named_ranks()
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor | None:
     """[N_r, ...] of each rank, N_r may differ -> [sum of N_r, ...] in rank order on rank 0, None on the others; on the CPU.
 
@@ -324,6 +303,7 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor | None:
     return gathered
 
 
+@named_ranks()
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank rank 0's buffers: each rank's norms have seen other clips since the last forward pass."""
     if dist.is_initialized():

@@ -45,9 +45,11 @@ def test(
     check_class_order(classes, of_data, str(path))
     model = build.network(cfg)
     load_trained(cfg, model, state, path, say=world.main)
+    clips = build.eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS)
+    clips.poll = stop.poll
     result = evaluate(
         build.place(cfg, model, device),
-        build.eval_loader(cfg, videos, world, device, num_clips=cfg.TEST.CLIPS, num_crops=cfg.TEST.CROPS),
+        clips,
         torch.from_numpy(videos.labels),
         num_classes=cfg.MODEL.NUM_CLASSES,
         num_clips=cfg.TEST.CLIPS,

@@ -237,6 +237,7 @@ def _prepare(
     folder = Path(cfg.OUTPUT_DIR)
     classes = build.class_names(cfg, cfg.DATA.TRAIN_LIST)
     clips = build.train_loader(cfg, videos, world, device)
+    clips.poll = stop.poll
     steps_per_epoch = len(clips)
     validated = build.video_list(cfg, cfg.DATA.VAL_LIST, training=False) if cfg.TRAIN.VAL_PERIOD else None
     lists = {kind: _contents(each) for kind, each in (("train", videos), ("val", validated)) if each is not None}
@@ -267,7 +268,7 @@ def _prepare(
         ema=Ema(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
         stop=stop,
         clips=clips,
-        validate=_validation(cfg, validated, world, device) if validated else None,
+        validate=_validation(cfg, validated, world, device, stop) if validated else None,
         compiling=cfg.MODEL.COMPILE != "off",
     )
     if start.state:
@@ -309,9 +310,12 @@ def _accuracy(result: Evaluation) -> dict[str, Any]:
     }
 
 
-def _validation(cfg: CfgNode, videos: VideoList, world: World, device: torch.device) -> Callable[..., Evaluation]:
+def _validation(
+    cfg: CfgNode, videos: VideoList, world: World, device: torch.device, stop: StopRequest
+) -> Callable[..., Evaluation]:
     """Return the evaluation of one centred clip and crop of each video of VAL_LIST."""
     clips = build.eval_loader(cfg, videos, world, device, num_clips=1, num_crops=1)
+    clips.poll = stop.poll
     return partial(
         evaluate,
         loader=clips,

@@ -27,13 +27,15 @@ Result = TypeVar("Result")
 def run(job: Callable[[World, torch.device], Result], device: str) -> Result:
     """Call job(world, device) inside the process group that the environment describes.
 
-    device: auto, cpu or cuda. Raises DistributedError where the environment contradicts itself.
+    device: auto, cpu or cuda. Raises DistributedError if the environment contradicts itself, and names the rank that hangs or
+    has died if the ranks cannot continue.
     """
     world = distributed.world_from_environment()
     own = distributed.device_of(device, world)
     distributed.start(world, own)
     try:
-        return job(world, own)
+        with distributed.named_ranks():
+            return job(world, own)
     finally:
         distributed.stop()
 

@@ -1,15 +1,21 @@
 import multiprocessing
 import os
+import signal
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from octvideo.engine import distributed
+from octvideo.engine import distributed, meeting
 from octvideo.engine.distributed import DistributedError, World
+from octvideo.files import HOST
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STEP = {  # as srun gave them to the second task of `srun -N2 -n3`
@@ -194,8 +200,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def answers_of(work: Any, ranks: int) -> list[Any]:
-    """What work(World of rank r) gives in a process of its own for each rank."""
+def answers_of(work: Any, ranks: int, missing: int | None = None) -> dict[int, Any]:
+    """Rank r -> what work(World of rank r) returns, or the message that it raises, in a process of its own for each rank.
+
+    missing: a rank that does not answer, and is killed at the end.
+    """
     context, port = multiprocessing.get_context("fork"), free_port()
     answers = context.Queue()
 
@@ -208,13 +217,16 @@ def answers_of(work: Any, ranks: int) -> list[Any]:
     processes = [context.Process(target=rank_of, args=(rank,)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    found = dict(answers.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(60)
-    return [found[rank] for rank in range(ranks)]
+    try:
+        return dict(answers.get(timeout=60) for rank in range(ranks) if rank != missing)
+    finally:
+        if missing is not None:
+            processes[missing].kill()
+        for process in processes:
+            process.join(60)
 
 
-def test_a_barrier_names_the_rank_that_does_not_come() -> None:
+def test_a_barrier_names_the_rank_that_does_not_join() -> None:
     def work(world: World) -> str:
         distributed.start(world, CPU)
         distributed.barrier("first")
@@ -222,25 +234,114 @@ def test_a_barrier_names_the_rank_that_does_not_come() -> None:
         if world.rank == 2:
             time.sleep(4)
         distributed.barrier("third", timedelta(seconds=2))
-        return "all came"
+        return "all joined"
 
-    said = "third: of 3 ranks, rank(s) 2 did not come within 2 s; see what they say"
+    message = f"third: rank 2 on {HOST} did not join within 2 s (3 ranks in total)"
     answers = answers_of(work, 3)
-    assert answers[0].startswith(said) and answers[1].startswith(said), answers
+    assert answers[0].startswith(message) and answers[1].startswith(message), answers
     assert answers[2].startswith("third: "), answers  # it learns of its own lateness, or that rank 0 has left
 
 
-def test_a_barrier_says_that_rank_0_is_gone() -> None:
+def test_a_barrier_reports_that_rank_0_is_gone() -> None:
     def work(world: World) -> str:
         distributed.start(world, CPU)
         if world.main:
             distributed.stop()
             return "left"
         distributed.barrier("later", timedelta(seconds=0.2))
-        return "all came"
+        return "all joined"
 
-    left, answer = answers_of(work, 2)
-    assert left == "left" and answer.startswith("later: rank 0 is gone, or has not come within 0.2 s")
+    answers = answers_of(work, 2)
+    assert answers[0] == "left"
+    assert answers[1].startswith(f"later: rank 0 on {HOST} is gone, or has not joined within 0.2 s"), answers
+
+
+def step_of(world: World) -> Callable[[], Any]:
+    """A training step, whose gradients are summed in backward()."""
+    model = DistributedDataParallel(nn.Linear(4, 4))
+    return lambda: model(torch.ones(2, 4)).sum().backward()
+
+
+COLLECTIVES: dict[str, Callable[[World], Callable[[], Any]]] = {
+    "gradients": step_of,
+    "all_reduce": lambda world: lambda: distributed.all_reduce(torch.ones(2)),
+    "all_reduce_max": lambda world: lambda: distributed.all_reduce_max(torch.ones(2)),
+    "gather_objects": lambda world: lambda: distributed.gather_objects("a"),
+    "gather_rows": lambda world: lambda: distributed.gather_rows(torch.ones(2, 2), CPU),
+    "broadcast_buffers": lambda world: partial(distributed.broadcast_buffers, nn.BatchNorm1d(4)),
+    "HostMax": lambda world: partial(lambda largest: [largest(1) for _ in range(3)], distributed.HostMax()),
+}
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def fail() -> None:
+    raise ValueError("no room")
+
+
+FATES: dict[str, Callable[[], None]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hangs": hang,
+    "fails": fail,
+}
+
+
+@pytest.mark.parametrize(
+    ("collective", "fate", "missing", "text"),
+    [
+        ("gradients", "hangs", 2, "did not join the other ranks: "),
+        ("all_reduce", "stopped", 0, "no answer from"),
+        ("all_reduce_max", "killed", 0, "no answer from"),
+        ("gather_objects", "hangs", 0, "did not join the other ranks: "),
+        ("gather_objects", "fails", 1, "failed: ValueError: no room"),
+        ("gather_rows", "stopped", 1, "no answer from"),
+        ("broadcast_buffers", "hangs", 0, "did not join the other ranks: "),
+        ("HostMax", "killed", 2, "no answer from"),
+    ],
+)
+def test_whichever_collective_a_rank_does_not_join_it_is_named(
+    collective: str, fate: str, missing: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "ANSWER_S", 2.0)
+
+    def work(world: World) -> str:
+        distributed.start(world, CPU, timeout=timedelta(seconds=3))
+        with distributed.named_ranks():
+            call = COLLECTIVES[collective](world)
+            call()
+            if world.rank == missing:
+                FATES[fate]()
+            call()
+        return "all joined"
+
+    answers = answers_of(work, 3, missing)
+    for answer in answers.values():
+        assert f"rank {missing} on {HOST}" in answer and text in answer, answers
+        assert not any(f"rank {rank} on" in answer for rank in range(3) if rank != missing), answers
+        assert ("test_distributed.py" in answer and ", hang)" in answer) == (fate == "hangs"), answers
+
+
+def test_a_barrier_does_not_wait_without_a_limit_for_a_rank_0_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "GRACE_S", 0.5)
+    monkeypatch.setattr(meeting, "ANSWER_S", 0.5)
+
+    def work(world: World) -> str:
+        distributed.start(world, CPU)
+        if world.main:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        distributed.barrier("save", timedelta(seconds=0.5))
+        return "all joined"
+
+    (answer,) = answers_of(work, 2, missing=0).values()
+    assert answer.startswith(f"save: rank 0 on {HOST} is gone, or has not joined within 0.5 s"), answer
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a mistake"), distributed.named_ranks():
+        raise RuntimeError("a mistake")
 
 
 def test_the_hosts_agree_on_the_largest_number_one_call_later() -> None:
@@ -252,12 +353,12 @@ def test_the_hosts_agree_on_the_largest_number_one_call_later() -> None:
         distributed.stop()
         return seen
 
-    assert answers_of(work, 3) == [[0, 0, 2, 5, 0]] * 3
+    assert answers_of(work, 3) == {rank: [0, 0, 2, 5, 0] for rank in range(3)}
     alone = distributed.HostMax()
     assert [alone(0), alone(3), alone(0)] == [0, 3, 0]
 
 
-def test_a_start_names_the_ranks_that_do_not_come() -> None:
+def test_a_start_names_the_ranks_that_do_not_join() -> None:
     def work(world: World) -> str:
         if world.rank in (1, 3):
             return "not here"
@@ -265,7 +366,7 @@ def test_a_start_names_the_ranks_that_do_not_come() -> None:
         return "started"
 
     answers = answers_of(work, 4)
-    assert answers[0].startswith("start: of 4 ranks, rank(s) 1, 3 did not come within 1 s"), answers
+    assert answers[0].startswith("start: rank 1, rank 3 did not join within 1 s (4 ranks in total)"), answers
     assert answers[2].startswith("start: "), answers
 
 
