@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 def run(job: Callable[[World, torch.device], Result], device: str) -> Result:
     """Call job(world, device) inside the process group that the environment describes.
 
-    device: auto, cpu or cuda. Raises DistributedError if the environment contradicts itself. If the ranks cannot continue, it
-    names the rank that hangs or has died.
+    device: auto, cpu or cuda. Raises DistributedError if the environment contradicts itself. If the ranks cannot continue,
+    it names the rank that hangs or has died.
     """
     world = distributed.world_from_environment()
     own = distributed.device_of(device, world)
