@@ -1,6 +1,6 @@
-"""Which files of a list can be used: each is opened and decoded, and what is wrong with it is told apart.
+"""Find the usable files of a list: open and decode each one, and name what is wrong with it.
 
-`python datasets/kinetics.py check` is the front of it. Decoders are native code and files come from anywhere, so
+`python datasets/kinetics.py check` is its command. Decoders are native code and files come from anywhere, so
 the work is done by processes that may die or hang without harm to the rest: `outcomes`.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -18,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,23 +31,25 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.stream import Disposition
 from av.video.stream import VideoStream
 from torch import Tensor
 from tqdm import tqdm
 
-from octvideo.data.decode import DecodeError, Video, open_video
+from octvideo.data.decode import DecodeError, Video, chosen_backend, open_video
 from octvideo.data.lists import VideoList
 
 if TYPE_CHECKING or __package__:
     from datasets import motion
+    from datasets.claims import Claims
+    from datasets.packets import Packets, lost_bytes, read_packets, video_stream
 else:  # imported by a script, which has this folder on its path
     import motion
+    from claims import Claims
+    from packets import Packets, lost_bytes, read_packets, video_stream
 
 # Forked, so that a worker costs milliseconds and shares the list; each is told what to do through a pipe.
 FORK = multiprocessing.get_context("fork")
 OUTPUTS = ("clean.txt", "bad.txt", "report.json", "results.jsonl")
-ZERO_BLOCK = 4096  # bytes: what a file system or a download that lost data leaves as zeros comes in such blocks
 FLAT = 2.0  # grey levels: the deviation below which a picture is one colour
 
 
@@ -179,6 +184,26 @@ class Settings:
             raise motion.SettingsError("; ".join(problems))
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder that files are judged by. opener: path -> open video."""
+
+    name: str
+    version: str
+    opener: Callable[[str], Video]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def find_decoder(backend: str = "auto") -> Decoder:
+    """Return the decoder that a value of DATA.DECODER selects. Errors: MissingDecoderError, ValueError."""
+    name = chosen_backend(backend)
+    importlib.import_module(f"octvideo.data.decode_{name}")  # if it is missing, one error here, not one for each file
+    version = importlib.metadata.version({"pyav": "av"}.get(name, name))
+    return Decoder(name, version, partial(open_video, backend=name))
+
+
 @dataclass
 class Facts:
     """What is known of a file; None where it was not found out.
@@ -198,32 +223,22 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
-class Packets(NamedTuple):
-    """What the packets of a file say without being decoded. Times in ticks of the video stream, places in bytes."""
-
-    times: list[int | None]  # of the pictures that are shown, in file order
-    last: int  # ticks for which the last of them is shown
-    spans: list[tuple[int, int]]  # where in the file the pictures are
-    other_spans: list[tuple[int, int]]  # and where sound and the rest
-    seconds: float  # from 0, or from the first moment where that is before, to the last, of all streams
-    cut: int | None  # the first packet that is not all there, if one is
-    rotation: int  # degrees, of the first picture
-
-
 def examine(path: str, settings: Settings, opener: Callable[[str], Video] = open_video) -> Facts:
     """Opens and decodes a file. Whatever is wrong with it ends up in the facts' problems."""
     facts = Facts()
+    pictures = 0
     try:
         if not Path(path).stat().st_size:
             facts.problems.append("unreadable: the file is empty")
             return facts
         with av.open(f"file:{path}", metadata_errors="ignore") as container:
-            survey(path, container, facts)
+            pictures = survey(path, container, facts)
     except (FFmpegError, OSError) as error:
         facts.problems.append(f"unreadable: {error.strerror}")
     if any(problem.startswith(("unreadable", "no video")) for problem in facts.problems):
         return facts
     watch(path, settings, opener, facts)
+    compare_counts(pictures, facts)
     seconds = facts.seconds or (facts.frames / facts.fps if facts.frames and facts.fps else None)
     facts.seconds = seconds
     if seconds is not None and seconds < settings.shortest_s:
@@ -233,112 +248,44 @@ def examine(path: str, settings: Settings, opener: Callable[[str], Video] = open
     return facts
 
 
-def video_stream(container: InputContainer) -> VideoStream | None:
-    """The stream that the decoders read: the best that is no cover picture. One decoding thread."""
-    pictures = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    best = container.streams.best("video")
-    stream = next((stream for stream in pictures if stream is best), pictures[0] if pictures else None)
-    if stream is not None and stream.codec_context is not None:
-        stream.codec_context.thread_count = 1
-    return stream
-
-
-def survey(path: str, container: InputContainer, facts: Facts) -> None:
-    """What the container and its packets tell."""
+def survey(path: str, container: InputContainer, facts: Facts) -> int:
+    """Record what the container and its packets show; return the number of pictures that are shown."""
     facts.container = container.format.name
     stream = video_stream(container)
     if stream is None:
         facts.problems.append("no video stream: nothing to see in this file")
-        return
+        return 0
     if stream.codec_context is None:
         facts.problems.append("unreadable: no decoder for its video stream is built in")
-        return
+        return 0
     facts.codec = stream.codec_context.codec.canonical_name
     facts.width, facts.height = stream.width, stream.height
     packets = read_packets(container, stream)
-    promised = container.duration / av.time_base if container.duration else 0
-    if packets.cut is not None:
-        facts.problems.append(f"truncated: the data are cut short or damaged at frame {packets.cut}")
-    elif promised - packets.seconds > max(0.5, 0.05 * promised):
-        facts.problems.append(f"truncated: ends at {packets.seconds:.1f} s of {promised:.1f} s")
+    claims = Claims(path, container, stream, packets)
+    if shortfalls := claims.shortfalls():
+        facts.problems.append(f"truncated: {', '.join(shortfalls)}")
+    if conflicts := claims.conflicts():
+        facts.problems.append(f"wrong times: {', '.join(conflicts)}")
     if lost := lost_bytes(path, packets):
         facts.problems.append(f"zeroed: {lost} bytes of zeros where pictures should be")
-    times = [when for when in packets.times if when is not None]
-    steps = np.diff(np.sort(times))
-    # Times that are missing or repeat (avi, joined files) say nothing: then frames are counted.
-    if len(times) == len(packets.times) > 1 and steps.min() > 0:
+    facts.notes += claims.notes()
+    measure(stream, packets, facts)
+    return len(packets.times)
+
+
+def measure(stream: VideoStream, packets: Packets, facts: Facts) -> None:
+    """Record the duration, the frame rate and the rotation of the pictures."""
+    steps = packets.steps()
+    # Times that are missing or repeat (avi, joined files) are no measure: then frames are counted.
+    if len(steps):
         tick = float(stream.time_base or 1)
-        facts.seconds = (int(steps.sum()) + (packets.last or int(np.median(steps)))) * tick
+        facts.seconds = (int(steps.sum()) + (packets.last_ticks or int(np.median(steps)))) * tick
         median = float(np.median(steps))
         if np.abs(steps - median).max() > max(0.2 * median, 0.0015 / tick):  # containers may round to 1 ms
             shortest, longest = 1000 * tick * steps.min(), 1000 * tick * steps.max()
             facts.notes.append(f"variable frame rate: {shortest:.0f} to {longest:.0f} ms from frame to frame")
     if packets.rotation:
         facts.notes.append(f"rotated: stored turned by {packets.rotation % 360} degrees, shown upright")
-
-
-def read_packets(container: InputContainer, stream: VideoStream) -> Packets:
-    """One pass over all packets, decoding the first picture only. Errors: FFmpegError."""
-    times: list[int | None] = []
-    spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    begin, end, last, cut, rotation = float("inf"), float("-inf"), (-1, 0), None, None
-    for packet in container.demux():
-        if not packet.size:
-            continue
-        is_picture = packet.stream is stream
-        if packet.pos is not None:
-            spans[is_picture].append((packet.pos, packet.pos + packet.size))
-        if packet.pts is not None and packet.time_base:
-            begin = min(begin, float(packet.pts * packet.time_base))
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if not is_picture:
-            continue
-        if packet.is_corrupt and cut is None:
-            cut = len(times)
-        if rotation is None:
-            with suppress(FFmpegError):  # the decoder's turn is later
-                rotation = next((frame.rotation for frame in stream.decode(packet)), None)
-        if not packet.is_discard:
-            times.append(packet.pts)
-            last = max(last, (packet.pts or 0, packet.duration or 0))
-    return Packets(times, last[1], spans[True], spans[False], max(0.0, end - min(begin, 0)), cut, rotation or 0)
-
-
-def lost_bytes(path: str, packets: Packets) -> int:
-    """Zero bytes, in runs of blocks, that lie in pictures or between packets where no packet is.
-
-    Coded pictures hold no such runs. Silence does, and so does padding, which is found before and behind the packets.
-    """
-    spans = sorted(packets.spans)
-    other_spans = sorted(packets.other_spans)
-    lost = 0
-    for begin, end in zero_runs(path) if spans else ():
-        within = spans[0][0] <= begin and end <= max(spans[-1][1], *(span[1] for span in other_spans[-1:]), 0)
-        # A packet may begin with a few zeros of its own behind a run of padding.
-        if covered(spans, begin, end) > 16 or (within and not covered(other_spans, begin, end)):
-            lost += end - begin
-    return lost
-
-
-def covered(spans: Sequence[tuple[int, int]], begin: int, end: int) -> int:
-    """Bytes of begin..end that lie in the spans."""
-    return sum(max(0, min(end, last) - max(begin, first)) for first, last in spans)
-
-
-def zero_runs(path: str) -> list[tuple[int, int]]:
-    """Runs of whole blocks of zero bytes in a file, as (begin, end) in bytes."""
-    runs: list[tuple[int, int]] = []
-    with Path(path).open("rb") as file:
-        place = 0
-        while data := file.read(256 * ZERO_BLOCK):
-            whole = len(data) // ZERO_BLOCK * ZERO_BLOCK
-            blocks = np.frombuffer(data, np.uint8, whole).reshape(-1, ZERO_BLOCK)
-            for block in np.flatnonzero(~blocks.any(axis=1)).tolist():
-                begin = place + block * ZERO_BLOCK
-                first = runs.pop()[0] if runs and runs[-1][1] == begin else begin
-                runs.append((first, begin + ZERO_BLOCK))
-            place += len(data)
-    return runs
 
 
 def watch(path: str, settings: Settings, opener: Callable[[str], Video], facts: Facts) -> None:
@@ -368,6 +315,20 @@ def watch(path: str, settings: Settings, opener: Callable[[str], Video], facts: 
         facts.problems.append(f"blank: {flat} of {watched} frames looked at are one colour")
 
 
+def compare_counts(pictures: int, facts: Facts) -> None:
+    """Compare the number of frames that the decoder finds with the number of pictures in the container.
+
+    A few may differ: pictures before the first keyframe, and AVI packets that repeat a picture, give no frame.
+    """
+    if facts.frames is None or facts.frames == pictures:
+        return
+    text = f"the decoder finds {facts.frames} frames, the container holds {pictures} pictures"
+    if facts.frames < pictures / 2:
+        facts.problems.append(f"lost frames: {text}")
+    else:
+        facts.notes.append(f"frame count: {text}")
+
+
 def places(num_frames: int, settings: Settings) -> list[int]:
     """The frames to look at, ascending: the first and the last are among them."""
     if settings.full:
@@ -383,18 +344,18 @@ def is_flat(frame: Tensor) -> bool:
 # ---- a list of files
 
 
-def check(
-    videos: VideoList, out: Path, settings: Settings, workers: int, opener: Callable[[str], Video] = open_video
-) -> dict[str, Any]:
-    """Examines the files of a list and writes clean.txt, bad.txt and report.json to folder `out`: the report.
+def check(videos: VideoList, out: Path, settings: Settings, workers: int, decoder: Decoder) -> dict[str, Any]:
+    """Examine the files of a list, write clean.txt, bad.txt and report.json to folder `out`, and return the report.
 
-    Results go to results.jsonl as they come, and are not asked for again unless the file has changed.
+    Results are added to results.jsonl one by one. They are reused unless the file or the decoder has changed.
     """
     results = out / "results.jsonl"
-    known = read_results(results)
+    known = read_results(results, decoder)
     marks = [(videos.name(index), *mark(videos.path(index))) for index in range(len(videos))]
     todo = [index for index, each in enumerate(marks) if each not in known]
-    examined = outcomes(lambda index: examine(videos.path(index), settings, opener), todo, workers, settings.timeout_s)
+    examined = outcomes(
+        lambda index: examine(videos.path(index), settings, decoder.opener), todo, workers, settings.timeout_s
+    )
     with results.open("a", encoding="utf-8") as file:
         for index, answer in tqdm(examined, total=len(videos), initial=len(videos) - len(todo), unit="file"):
             facts = Facts(problems=[answer.reason]) if isinstance(answer, Casualty) else answer
@@ -402,9 +363,10 @@ def check(
                 texts[:] = [" ".join(text.split()) for text in texts]  # a line each, whatever a message holds
             known[marks[index]] = asdict(facts)
             name, size, changed = marks[index]
-            file.write(json.dumps({"path": name, "bytes": size, "changed": changed, **asdict(facts)}) + "\n")
+            key = {"path": name, "bytes": size, "changed": changed, "decoder": str(decoder)}
+            file.write(json.dumps({**key, **asdict(facts)}) + "\n")
             file.flush()
-    return write_report(videos, [known[each] for each in marks], out)
+    return write_report(videos, [known[each] for each in marks], out, decoder)
 
 
 def mark(path: str) -> tuple[int, int]:
@@ -416,8 +378,11 @@ def mark(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def read_results(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """The facts of earlier runs by name, size and time of change. Cuts off a line that an interruption left unfinished."""
+def read_results(path: Path, decoder: Decoder) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Return the facts of earlier runs with this decoder, by name, size and time of change.
+
+    A line that an interruption left unfinished is removed from the file.
+    """
     known: dict[tuple[str, int, int], dict[str, Any]] = {}
     if not path.exists():
         return known
@@ -430,13 +395,14 @@ def read_results(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
             with suppress(ValueError, KeyError, TypeError):  # a damaged line: the file is examined again
                 facts = json.loads(line)
                 key = facts.pop("path"), facts.pop("bytes"), facts.pop("changed")
-                known[key] = asdict(Facts(**facts))
+                if facts.pop("decoder") == str(decoder):
+                    known[key] = asdict(Facts(**facts))
     os.truncate(path, whole)
     return known
 
 
-def write_report(videos: VideoList, facts: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
-    """Writes clean.txt, bad.txt and report.json, in the list's order, and returns the report."""
+def write_report(videos: VideoList, facts: Sequence[dict[str, Any]], out: Path, decoder: Decoder) -> dict[str, Any]:
+    """Write clean.txt, bad.txt and report.json, in the list's order, and return the report."""
     clean, bad, files = [], [], []
     for index, each in enumerate(facts):
         name = videos.name(index)
@@ -450,7 +416,8 @@ def write_report(videos: VideoList, facts: Sequence[dict[str, Any]], out: Path) 
         for column in ("problems", "notes")
     }
     counts = {"files": len(facts), "usable": len(clean), "bad": len(bad), **kinds}
-    report = {"list": videos.source, "prefix": videos.prefix, "counts": counts, "files": files}
+    judge = {"name": decoder.name, "version": decoder.version}
+    report = {"decoder": judge, "list": videos.source, "prefix": videos.prefix, "counts": counts, "files": files}
     motion.write_text(out / "clean.txt", "".join(clean))
     motion.write_text(out / "bad.txt", "".join(bad))
     motion.write_text(out / "report.json", json.dumps(report, indent=1) + "\n")

@@ -3,13 +3,14 @@
 
     python datasets/kinetics.py index  --annotations CSV [CSV ...] --videos FOLDER --out FOLDER [--labels FILE]
     python datasets/kinetics.py resize --list LIST --prefix FOLDER --out FOLDER --short-side 256
-    python datasets/kinetics.py check  --list LIST --prefix FOLDER --out FOLDER
+    python datasets/kinetics.py check  --list LIST --prefix FOLDER --out FOLDER [--decoder decord]
     python datasets/kinetics.py shards --list LIST --prefix FOLDER --out FOLDER --name train
 
 `index` finds the clips of the annotations among the videos, in any usual layout: folders of classes (spaces or
 underscores) or none, of splits or none; names `<id>_<start>_<end>.<ext>`, zero-padded or not, or `<id>.<ext>`.
 `resize` re-encodes to a short side with keyframes close together, which is what reading clips at random wants.
-`check` tells the usable files from the others. `shards` packs a list into a few large tar files.
+`check` separates the usable files from the others, by the decoder of --decoder. `shards` packs a list into a few large
+tar files.
 Each can be run again: what is whole is not made again.
 
 Source: W. Kay et al., The Kinetics Human Action Video Dataset, arXiv:1705.06950; J. Carreira et al., A Short Note about
@@ -40,6 +41,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from octvideo import command
+from octvideo.data.decode import BACKENDS, MissingDecoderError
 from octvideo.data.lists import ListError, VideoList, read_list, text_lines, unlistable
 from octvideo.engine.classes import class_key, csv_cell
 from octvideo.errors import plain, shown
@@ -408,10 +410,12 @@ def resize_command(given: argparse.Namespace) -> int:
 def check_command(given: argparse.Namespace) -> int:
     settings = doctor.Settings(given.full, given.samples, given.seconds, given.shortest_s, given.timeout_s)
     settings.check()
+    decoder = doctor.find_decoder(given.decoder)
     videos = read_videos(given)
     record = {"list": str(given.list.resolve()), "prefix": str(given.prefix.resolve()), **asdict(settings)}
     claim(given.out, "check.json", record, doctor.OUTPUTS)
-    counts = doctor.check(videos, given.out, settings, given.workers)["counts"]
+    print(f"decoder {decoder}: {len(videos)} files", flush=True)
+    counts = doctor.check(videos, given.out, settings, given.workers, decoder)["counts"]
     rows = [
         (column.removesuffix("s"), kind, count)
         for column in ("problems", "notes")
@@ -471,6 +475,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, argparse
     add("--gop", type=int, default=resizing.Resizing.gop, help="frames from keyframe to keyframe")
     add("--timeout-s", type=float, default=600, help="a file that takes longer has failed")
     add = parsers["check"].add_argument
+    decoders = ["auto", *BACKENDS]
+    add(
+        "--decoder",
+        choices=decoders,
+        default="auto",
+        help="judge by this decoder, as DATA.DECODER of training; auto: pyav",
+    )
     add("--full", action="store_true", help="decode every frame")
     add("--samples", type=int, default=doctor.Settings.samples, help="frames to decode without --full")
     add("--seconds", type=float, help="what every file should last, to a tenth")
@@ -490,7 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(given, "workers", 1) < 1:
             raise SettingsError(f"workers is {given.workers}: give 1 or more")
         return given.run(given)
-    except (SettingsError, ListError, OSError) as error:
+    except (SettingsError, ListError, MissingDecoderError, OSError) as error:
         parser.error(str(error))
     except BrokenProcessPool as error:
         parser.error(f"a worker process died, perhaps for lack of memory: {error}")

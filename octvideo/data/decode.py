@@ -1,8 +1,8 @@
 """Frames of a video file by their number, exactly.
 
-Frame i is the i-th picture in presentation order. `open_video` gives a `Video`; `BACKENDS` are the decoders behind
-it. A frame that is handed out is the right one, and what stands in the way of that is a `DecodeError`; what no
-decoder can see is damage inside a picture that still parses.
+Frame i is the i-th picture in presentation order. `open_video` returns a `Video` of one of the `BACKENDS`. On intact files
+each of them returns exactly the requested frame or raises `DecodeError`; on damaged files only PyAV does, and the other
+modules describe their limits. Damage inside a picture that still parses is visible to no decoder.
 
 A path may also name a video inside a tar archive, as it lies there: TAR:OFFSET:SIZE:NAME, in bytes.
 """
@@ -55,10 +55,15 @@ def open_video(path: str, backend: str = "auto") -> Video:
     Errors: DecodeError for a file that is not a readable video, ValueError for an unknown backend,
     MissingDecoderError for one that is not installed.
     """
+    return BACKENDS[chosen_backend(backend)](path)
+
+
+def chosen_backend(backend: str) -> str:
+    """Return the name of the decoder that a value of DATA.DECODER selects. Errors: ValueError for an unknown one."""
     name = "pyav" if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"unknown decoder {backend!r}; choose one of: {', '.join(['auto', *BACKENDS])}")
-    return BACKENDS[name](path)
+    return name
 
 
 def _pyav(path: str) -> Video:

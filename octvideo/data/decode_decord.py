@@ -30,8 +30,11 @@ class DecordVideo:
 
     decord's get_batch, seek and skip_frames give other frames than asked, without a word, where a keyframe is no
     clean start: open groups of pictures (the default of HEVC encoders), pictures refreshed bit by bit. In sequence
-    it is right, but for files that PyAV's look at them finds and this class refuses. What it does not tell is that
-    it has painted over damage inside a picture, which PyAV marks; and a damaged index can end the process.
+    it is right, but for files that PyAV's look at them finds and this class refuses.
+
+    Three limits remain for damaged files. decord paints over damage inside a picture, which PyAV marks. It scales
+    pictures of another size to that of the first one. It may end the process: the one known cause, a frame count for
+    which it cannot allocate memory (std::bad_alloc, SIGABRT), is refused here; others cannot be caught.
     """
 
     def __init__(self, path: str) -> None:
@@ -40,6 +43,9 @@ class DecordVideo:
             self.num_frames, self.fps = reference.num_frames, reference.fps
             if not CONTAINERS & reference.containers:
                 self._refuse(f"decord is inexact in {'/'.join(sorted(reference.containers))}")
+            if reference.stated_frames > reference.num_bytes:
+                count = f"{reference.stated_frames} frames in {reference.num_bytes} bytes"
+                self._refuse(f"its container states {count}, for which decord allocates memory until it aborts")
             if reference.num_streams > 1:
                 self._refuse(f"decord mixes up its {reference.num_streams} video streams")
             if reference.mirrored:

@@ -98,6 +98,16 @@ class PyAVVideo:
         return self._stream.index
 
     @property
+    def stated_frames(self) -> int:
+        """The number of frames that the container states; 0 if it states none."""
+        return self._stream.frames
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, or of the member of an archive."""
+        return self._container.size
+
+    @property
     def times(self) -> list[Fraction]:
         """Seconds at which each frame is shown; empty for a file whose timestamps are no use."""
         base = self._stream.time_base

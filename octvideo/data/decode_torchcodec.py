@@ -29,8 +29,10 @@ class TorchcodecVideo:
 
     It takes the first picture that comes with at least the time it looks for. That is another one where a seek is no
     clean start (pictures refreshed bit by bit) and where the keyframe before is not itself shown (a file cut out of
-    another): so the time of each frame is compared with the one that PyAV read. A picture whose damage the decoder
-    painted over is marked by FFmpeg, but torchcodec does not tell.
+    another): so the time of each frame is compared with the one that PyAV read.
+
+    One limit remains for damaged files: FFmpeg marks a picture whose damage it painted over, torchcodec ignores the mark
+    and returns the picture. If the size of the pictures changes, torchcodec raises an error.
     """
 
     def __init__(self, path: str) -> None:

@@ -411,6 +411,50 @@ def test_a_picture_size_that_changes(tmp_path: Path, write_clip: Callable[..., s
             video.frames([17, last])
 
 
+def join_sizes(path: Path, write_clip: Callable[..., str]) -> str:
+    """One video stream of 20 frames of 96 x 160 and 20 of 64 x 128, whose container states the first size."""
+    frames = 0
+    with av.open(str(path), "w") as joined:
+        stream = None
+        for size in ((96, 160), (64, 128)):
+            part = write_clip(path.with_name(f"{size[0]}.mpg"), 20, codec="mpeg2video", size=size)
+            with av.open(part) as container:
+                stream = stream or joined.add_stream_from_template(container.streams.video[0])
+                for packet in container.demux(video=0):
+                    if packet.size and packet.time_base:
+                        packet.pts = packet.dts = int(frames / 30 / packet.time_base)
+                        packet.stream = stream
+                        joined.mux(packet)
+                        frames += 1
+    return str(path)
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4"])
+def test_decord_scales_a_picture_of_another_size(
+    container: str, tmp_path: Path, write_clip: Callable[..., str]
+) -> None:
+    """A documented limit: PyAV refuses to put both into one clip, decord scales the second to the first size."""
+    need("decord")
+    path = join_sizes(tmp_path / f"a.{container}", write_clip)
+    with open_video(path) as video, pytest.raises(DecodeError, match="of another size"):
+        video.frames([0, 39])
+    with open_video(path, "decord") as video:
+        assert video.frames([0, 39]).shape == (2, 96, 160, 3)
+
+
+@pytest.mark.parametrize("count", [10**6, 2**30, 2**31 - 1, 2**32 - 1])
+def test_more_frames_than_bytes(count: int, clip_file: ClipFile, tmp_path: Path) -> None:
+    """decord allocates memory for the stated number of frames, and std::bad_alloc would end the process."""
+    need("decord")
+    data = bytearray(Path(clip_file("mpeg4, gop 250")).read_bytes())
+    table = data.index(b"stts") + 12
+    data[table : table + 4] = struct.pack(">I", count)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    with pytest.raises(DecodeError, match=f"states [0-9]+ frames in {len(data)} bytes.*use the decoder pyav"):
+        open_video(str(path), "decord")
+
+
 def write_faults(folder: Path, write_clip: Callable[..., str]) -> dict[str, tuple[Path, str]]:
     """Name -> a file that is no readable video, and what the error must say."""
     plain = Path(write_clip(folder / "plain.mp4"))

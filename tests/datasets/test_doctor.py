@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import av
 import numpy as np
 import pytest
 
-from datasets import doctor, kinetics
-from octvideo.data.decode import Video, open_video
+from datasets import doctor, kinetics, packets
+from octvideo.data.decode import MissingDecoderError, Video, open_video
 from octvideo.data.lists import read_list
 from tests.data.conftest import silence, write_clip
 
@@ -117,14 +119,14 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "mp4 cut": (
         "f.mp4",
         lambda p: cut(noise(p, container_options=FASTSTART), 0.6),
-        ["truncated: the data are cut short or damaged at frame "],
+        ["truncated: the container takes "],
     ),
-    "mkv cut": ("g.mkv", lambda p: cut(noise(p), 0.6), ["truncated: ends at 1."]),
+    "mkv cut": ("g.mkv", lambda p: cut(noise(p), 0.6), ["truncated: the container takes "]),
     "avi cut": ("h.avi", lambda p: cut(Path(write_clip(p, codec="mpeg4")), 0.5), ["truncated: "]),
     "webm cut": (
         "i.webm",
         lambda p: cut(Path(write_clip(p, codec="libvpx", options={"deadline": "realtime"})), 0.5),
-        ["truncated: ends at "],
+        ["truncated: the container takes "],
     ),
     "zeros in the middle": ("j.mp4", lambda p: with_zeros(noise(p), 0.4, 0.6), ["zeroed: "]),
     "zeros in the middle of mkv": ("k.mkv", lambda p: with_zeros(noise(p), 0.4, 0.6), ["zeroed: "]),
@@ -186,7 +188,7 @@ def test_usable_files_have_no_problems(tmp_path: Path, kind: str, full: bool) ->
     facts = examine(tmp_path / name, full=full)
     assert (facts.problems, facts.notes) == ([], notes)
     if kind == "room reserved":
-        assert doctor.zero_runs(str(tmp_path / name)) != []
+        assert packets.zero_runs(str(tmp_path / name)) != []
 
 
 def test_silence_is_no_fault(tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_silence_is_no_fault(tmp_path: Path) -> None:
             frame.sample_rate = 48000
             container.mux(quiet.encode(frame))
         container.mux(stream.encode(None))
-    assert doctor.zero_runs(str(path)) != []
+    assert packets.zero_runs(str(path)) != []
     assert not [problem for problem in examine(path).problems if problem.startswith("zeroed")]
 
 
@@ -244,15 +246,6 @@ def test_sampled_places(num_frames: int, samples: int, expected: list[int]) -> N
     assert doctor.places(num_frames, doctor.Settings(samples=samples)) == expected
 
 
-def test_zero_runs(tmp_path: Path) -> None:
-    block = doctor.ZERO_BLOCK
-    path = tmp_path / "a"
-    path.write_bytes(b"x" * block + bytes(300 * block) + b"x" * (2 * block - 1) + bytes(block) + b"x")
-    assert doctor.zero_runs(str(path)) == [(block, 301 * block)]  # the second run fills no block of its own
-    path.write_bytes(b"")
-    assert doctor.zero_runs(str(path)) == []
-
-
 @pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real videos at {REAL_VIDEOS}")
 @pytest.mark.parametrize("path", sorted(REAL_VIDEOS.glob("*.*")), ids=lambda path: path.name)
 def test_real_files(path: Path) -> None:
@@ -261,6 +254,18 @@ def test_real_files(path: Path) -> None:
     expected = {"corrupted.mp4": "damaged: frame ", "unordered.mov": "blank: 4 of 4 frames"}.get(path.name)
     assert len(problems) == (expected is not None), problems
     assert expected is None or problems[0].startswith(expected)
+
+
+@pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real videos at {REAL_VIDEOS}")
+@pytest.mark.parametrize("path", sorted(REAL_VIDEOS.glob("*.*")), ids=lambda path: path.name)
+def test_truncated_real_files(path: Path, tmp_path: Path) -> None:
+    data = path.read_bytes()
+    cut = tmp_path / path.name
+    for percent in (5, 10, 20, 35, 50, 65, 80, 90, 95, 99, 99.9):
+        cut.write_bytes(data[: int(len(data) * percent / 100)])
+        problems = examine(cut, shortest_s=0).problems
+        assert problems, percent
+        assert problems[0].startswith(("truncated: ", "unreadable: ", "no video stream: ")), problems
 
 
 # ---- processes that may die
@@ -351,8 +356,10 @@ def fake_open(path: str) -> Video:
     """A decoder that some files bring down."""
     if "hangs" in path:
         time.sleep(60)
-    if "dies" in path:
+    if "dies 1" in path:
         ctypes.string_at(0)
+    if "dies 2" in path:
+        os.abort()  # as an exception of C++ that nobody catches does, such as std::bad_alloc
     if "bug" in path:
         raise ZeroDivisionError("division by zero")
     return open_video(path)
@@ -381,14 +388,14 @@ def test_the_rest_survives_a_decoder_that_hangs_or_dies(folder: Path) -> None:
     out = folder / "health"
     out.mkdir()
     videos = read_list(str(folder / "train.txt"), num_classes=99, prefix=str(folder / "videos"), check_files=False)
-    report = doctor.check(videos, out, doctor.Settings(timeout_s=2), 2, fake_open)
+    report = doctor.check(videos, out, doctor.Settings(timeout_s=2), 2, doctor.Decoder("fake", "1", fake_open))
     assert (out / "clean.txt").read_text() == "a.mp4 0\nb.mkv 1\n"
     bad = dict(line.split("\t") for line in (out / "bad.txt").read_text().splitlines())
     assert bad == {
         "bug.mp4": "ZeroDivisionError: division by zero",
         "c.mp4": "unreadable: Invalid data found when processing input",
         "dies 1.mp4": "crashes the decoder: SIGSEGV",
-        "dies 2.mp4": "crashes the decoder: SIGSEGV",
+        "dies 2.mp4": "crashes the decoder: SIGABRT",
         "hangs.mp4": "hangs: no answer within the time limit",
         "missing.mp4": "unreadable: No such file or directory",
     }
@@ -432,6 +439,69 @@ def test_the_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "| problem | unreadable | 2 |" in " ".join(told.out.split())
     assert "6 of 8 files are usable, 2 are not" in told.out
     assert "moov atom not found" not in told.err
+
+
+def test_the_decoder_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """auto is the decoder that training takes for it."""
+    version = importlib.metadata.version("av")
+    assert run_check(folder)["decoder"] == {"name": "pyav", "version": version}
+    assert capsys.readouterr().out.splitlines()[0] == f"decoder pyav {version}: 8 files"
+    path = str(folder / "videos" / "a.mp4")
+    with doctor.find_decoder("auto").opener(path) as judges, open_video(path, "auto") as trains:
+        assert type(judges) is type(trains)
+
+
+@pytest.mark.parametrize("name", ["decord", "torchcodec"])
+def test_another_decoder(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It judges by itself: nothing that PyAV found is reused, and each has its lines in results.jsonl."""
+    try:
+        decoder = doctor.find_decoder(name)
+    except MissingDecoderError as error:
+        pytest.skip(str(error))
+    Path(write_clip(folder / "t.ts", 20)).rename(folder / "videos" / "b.mkv")  # PyAV alone reads transport streams
+    assert run_check(folder)["counts"]["bad"] == 2
+    capsys.readouterr()
+    report = run_check(folder, "--decoder", name)
+    assert report["decoder"] == {"name": name, "version": decoder.version}
+    assert capsys.readouterr().out.startswith(f"decoder {name} {decoder.version}: 8 files\n")
+    assert report["files"][1]["problems"] == [f"unreadable: {name} is inexact in mpegts; use the decoder pyav"]
+    lines = [json.loads(line) for line in (folder / "health" / "results.jsonl").read_text().splitlines()]
+    assert Counter(line["decoder"].partition(" ")[0] for line in lines) == {"pyav": 8, name: 8}
+
+
+def test_results_of_another_version_are_not_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_check(folder)
+    results = folder / "health" / "results.jsonl"
+    results.write_text(results.read_text().replace(f"pyav {first['decoder']['version']}", "pyav 9.0.0"))
+    asked: list[int] = []
+    outcomes = doctor.outcomes
+    monkeypatch.setattr(doctor, "outcomes", lambda f, tasks, *rest: asked.extend(tasks) or outcomes(f, tasks, *rest))
+    assert run_check(folder) == first
+    assert len(asked) == 8
+
+
+def test_a_decoder_that_is_missing_is_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)
+    monkeypatch.delitem(sys.modules, "octvideo.data.decode_decord", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        run_check(folder, "--decoder", "decord")
+    assert stopped.value.code == 2
+    assert "decord cannot be loaded" in capsys.readouterr().err
+    assert not (folder / "health").exists()
+
+
+@pytest.mark.parametrize(
+    ("frames", "problems", "notes"),
+    [(None, 0, 0), (30, 0, 0), (28, 0, 1), (16, 0, 1), (14, 1, 0), (1, 1, 0), (31, 0, 1)],
+)
+def test_the_decoder_finds_other_frames_than_the_container(frames: int | None, problems: int, notes: int) -> None:
+    facts = doctor.Facts(frames=frames)
+    doctor.compare_counts(30, facts)
+    assert (len(facts.problems), len(facts.notes)) == (problems, notes)
+    for text in (*facts.problems, *facts.notes):
+        assert f"the decoder finds {frames} frames, the container holds 30 pictures" in text
 
 
 def test_an_interrupted_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
