@@ -103,8 +103,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the momenta of a checkpoint. Weight decay, momentum and all other settings stay those of the optimizer."""
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """Load the momenta of a checkpoint. Weight decay, momentum and all other settings stay those of the optimizer.
+
+    The learning rate becomes that of the checkpoint's last step; each step sets its rate.
+    """
+    of_state = ("params", "lr")
+    settings = [
+        {name: value for name, value in group.items() if name not in of_state} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)

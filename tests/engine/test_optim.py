@@ -152,7 +152,10 @@ def test_momenta_are_loaded_and_settings_stay_the_optimizer_s() -> None:
         weight.grad = torch.randn(weight.shape, generator=draw)
     earlier.step()
     saved = earlier.state_dict()
-    later = sgd(net, **{**settings, "momentum": 0.5, "nesterov": False, "weight_decay": 0.7, "weight_decay_norm": 0.3})
+    later = sgd(
+        net,
+        **{**settings, "lr": 9.0, "momentum": 0.5, "nesterov": False, "weight_decay": 0.7, "weight_decay_norm": 0.3},
+    )
     load_momenta(later, saved)
     assert [group["weight_decay"] for group in later.param_groups] == [0.7, 0.3]
     assert {(group["momentum"], group["nesterov"], group["lr"]) for group in later.param_groups} == {(0.5, False, 0.1)}
