@@ -364,12 +364,9 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> tuple[dict[
     resume = cfg.TRAIN.RESUME
     if resume not in ("none", "auto"):
         path = Path(resume)
-        state = checkpoint.load(path)
-        if "optimizer" not in state:
-            raise CheckpointError(
-                f"{path}: holds weights, not a run to go on with; start from them with TRAIN.INIT {path}"
-            )
+        state = checkpoint.load(path, run=True)
         checkpoint.load_weights(model, state["model"], path)
+        checkpoint.require_fit(state["optimizer"], build.optimizer(cfg, model), path)
         later = [p.name for p in checkpoint.found(folder) if checkpoint.step_of(p) > state["step"]]
         if later:
             raise CheckpointError(
@@ -377,9 +374,10 @@ def _starting_point(cfg: CfgNode, folder: Path, model: nn.Module) -> tuple[dict[
                 "runs: give another OUTPUT_DIR"
             )
         return state, _changed_since(cfg, state, path)
-    if resume == "auto" and (newest := checkpoint.latest(folder)):
+    if resume == "auto" and (newest := checkpoint.latest(folder, run=True)):
         path, state = newest
         checkpoint.load_weights(model, state["model"], path)
+        checkpoint.require_fit(state["optimizer"], build.optimizer(cfg, model), path)
         return state, _changed_since(cfg, state, path)
     if resume == "none" and checkpoint.found(folder):
         raise CheckpointError(

@@ -155,7 +155,8 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> Network:
 
 
 def _check_classes(cfg: CfgNode, weights: dict[str, Tensor], path: Path) -> None:
-    count = len(weights["head.fc.bias"]) if "head.fc.bias" in weights else cfg.MODEL.NUM_CLASSES
+    bias = weights.get("head.fc.bias")
+    count = len(bias) if bias is not None and bias.dim() else cfg.MODEL.NUM_CLASSES
     if count != cfg.MODEL.NUM_CLASSES:
         remedy = f"give MODEL.NUM_CLASSES {count} or another checkpoint"
         raise CheckpointError(f"{path}: of {count} classes, but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}; {remedy}")

@@ -350,7 +350,10 @@ def test_another_network_s_checkpoint(
 
 @pytest.mark.parametrize(
     "classes,message",
-    [(["a", "b"], "names 2 classes, but MODEL.NUM_CLASSES is 3"), ({"a": 0}, "class names are dict, not a list")],
+    [
+        (["a", "b"], "names 2 classes, but MODEL.NUM_CLASSES is 3"),
+        ({"a": 0}, "classes is a dict of 1; allowed: a list"),
+    ],
 )
 def test_names_of_another_number_of_classes(videos: Path, tmp_path: Path, classes: Any, message: str) -> None:
     path = save(tmp_path, classes=classes)
