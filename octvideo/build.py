@@ -31,6 +31,7 @@ from octvideo.data.sampling import POLICIES, SHORT, seeded_generator
 from octvideo.engine import optim
 from octvideo.engine.distributed import World
 from octvideo.engine.train import Precision
+from octvideo.files import first_line
 from octvideo.models import (
     NETWORKS,
     ResNetSpec,
@@ -118,19 +119,25 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
 
 
 def _factory_problems(cfg: CfgNode) -> list[str]:
-    """Does the network convert, take the crops and give logits of the classes?"""
+    """Return what is wrong with the network of another package: it must convert, take the crops and give logits of the classes.
+
+    Its code may raise anything.
+    """
     try:
         with torch.random.fork_rng(devices=[]):
             structure = copy.deepcopy(_factory_network(cfg)).to("meta").eval()
-    except ValueError as error:
+    except ValueError as error:  # of from_factory and octavize, whose text is complete
         return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: {error}"]
+    except Exception as error:
+        return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: its network cannot be built and converted: {_raised(error)}"]
     problems = []
     for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
         try:
             with torch.no_grad():
                 logits = structure(torch.empty(1, *clip_size(cfg, crop), device="meta"))
-        except (RuntimeError, ValueError) as error:
-            problems.append(f"{key} is {crop}: {cfg.MODEL.FACTORY} does not take {clip_size(cfg, crop)}: {error}")
+        except Exception as error:
+            size = clip_size(cfg, crop)
+            problems.append(f"{key} is {crop}: {cfg.MODEL.FACTORY} does not take {size}: {_raised(error)}")
             continue
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, cfg.MODEL.NUM_CLASSES):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -139,6 +146,12 @@ def _factory_problems(cfg: CfgNode) -> list[str]:
                 f"(1, {cfg.MODEL.NUM_CLASSES})"
             )
     return problems
+
+
+def _raised(error: Exception) -> str:
+    """Return an exception's type and the first line of its text, if it has one."""
+    name = type(error).__name__
+    return name if (line := first_line(error)) == name else f"{name}: {line}"
 
 
 def takes_images(cfg: CfgNode) -> bool:

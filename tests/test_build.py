@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octvideo import build
 from octvideo.config import ConfigError
@@ -14,6 +14,7 @@ from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World
 
+KINDS: list[type[Exception]] = [AssertionError, KeyError, TypeError, AttributeError, ZeroDivisionError, StopIteration, MemoryError]
 TINY = Path(__file__).parents[1] / "configs/motion/i3d_tiny.yaml"
 
 
@@ -79,3 +80,42 @@ def test_bfloat16_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     build.check_device(cfg, card, training=False)  # an evaluation computes in float32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     build.check_device(cfg, card, training=True)
+
+
+class Raising(nn.Module):
+    """A network of another package. `raised`: what its forward raises; None: it gives logits."""
+
+    raised: Exception | None = None
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        sizes = [3, 8, 8, 8]
+        convolutions = (nn.Conv3d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.conv, self.fc = nn.Sequential(*convolutions), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.raised:
+            raise self.raised
+        return self.fc(self.conv(x).mean((2, 3, 4)))
+
+
+def raising(num_classes: int) -> nn.Module:
+    return Raising(num_classes)
+
+
+@pytest.mark.parametrize("alpha", ["0.0", "0.25"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_a_network_of_another_package_raises_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], alpha: str
+) -> None:
+    overrides = ["MODEL.NUM_CLASSES", "4", "MODEL.FACTORY", f"{__name__}:raising", "OCTAVE.ALPHA", alpha]
+    build.load_config(TINY, overrides)
+    monkeypatch.setattr(Raising, "raised", kind("the first line\nand more"))
+    with pytest.raises(ConfigError) as caught:
+        build.load_config(TINY, overrides)
+    lines = caught.value.problems
+    assert all(f"{__name__}:raising" in line and "the first line" in line and "\n" not in line for line in lines)
+    assert [line.split()[0] for line in lines] in (["DATA.TRAIN_CROP", "DATA.TEST_CROP"], ["MODEL.FACTORY"])
+    monkeypatch.setattr(Raising, "raised", kind())
+    with pytest.raises(ConfigError, match=kind.__name__):
+        build.load_config(TINY, overrides)
