@@ -119,7 +119,7 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
 
 
 def _factory_problems(cfg: CfgNode) -> list[str]:
-    """Return what is wrong with the network of another package: it must convert, take the crops and give logits of the classes.
+    """Return what is wrong with another package's network: it must convert, take the crops and give logits of the classes.
 
     Its code may raise anything.
     """
@@ -128,14 +128,14 @@ def _factory_problems(cfg: CfgNode) -> list[str]:
             structure = copy.deepcopy(_factory_network(cfg)).to("meta").eval()
     except ValueError as error:  # of from_factory and octavize, whose text is complete
         return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: {error}"]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # their code
         return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: its network cannot be built and converted: {_raised(error)}"]
     problems = []
     for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
         try:
             with torch.no_grad():
                 logits = structure(torch.empty(1, *clip_size(cfg, crop), device="meta"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # their code
             size = clip_size(cfg, crop)
             problems.append(f"{key} is {crop}: {cfg.MODEL.FACTORY} does not take {size}: {_raised(error)}")
             continue
@@ -355,6 +355,7 @@ def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainD
             crop=cfg.DATA.TRAIN_CROP,
             crop_area=tuple(cfg.DATA.TRAIN_AREA),
             interpolation=cfg.DATA.INTERPOLATION,
+            max_pixels=cfg.DATA.MAX_PIXELS,
             flip=cfg.DATA.FLIP,
             augment_ops=cfg.DATA.RANDAUGMENT_OPS,
             augment_magnitude=cfg.DATA.RANDAUGMENT_MAGNITUDE,
@@ -375,6 +376,7 @@ def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainD
         augment_magnitude=cfg.DATA.RANDAUGMENT_MAGNITUDE,
         augment_std=cfg.DATA.RANDAUGMENT_STD,
         decoder=cfg.DATA.DECODER,
+        max_pixels=cfg.DATA.MAX_PIXELS,
         seed=cfg.SEED,
     )
 
@@ -394,6 +396,7 @@ def eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int
             short_side=cfg.DATA.TEST_SHORT_SIDE,
             crop=cfg.DATA.TEST_CROP,
             interpolation=cfg.DATA.INTERPOLATION,
+            max_pixels=cfg.DATA.MAX_PIXELS,
         )
     return EvalDataset(
         videos,
@@ -407,6 +410,7 @@ def eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int
         short_side=cfg.DATA.TEST_SHORT_SIDE,
         crop=cfg.DATA.TEST_CROP,
         decoder=cfg.DATA.DECODER,
+        max_pixels=cfg.DATA.MAX_PIXELS,
     )
 
 

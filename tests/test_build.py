@@ -14,7 +14,15 @@ from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World
 
-KINDS: list[type[Exception]] = [AssertionError, KeyError, TypeError, AttributeError, ZeroDivisionError, StopIteration, MemoryError]
+KINDS: list[type[Exception]] = [
+    AssertionError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    StopIteration,
+    MemoryError,
+]
 TINY = Path(__file__).parents[1] / "configs/motion/i3d_tiny.yaml"
 
 
@@ -89,8 +97,7 @@ class Raising(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        sizes = [3, 8, 8, 8]
-        convolutions = (nn.Conv3d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        convolutions = (nn.Conv3d(channels, 8, 3, padding=1) for channels in (3, 8, 8))
         self.conv, self.fc = nn.Sequential(*convolutions), nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

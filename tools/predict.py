@@ -34,7 +34,7 @@ from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.overlay import Font, choose_font, draw_panel, heat_over, lacking, legible
 from octvideo.analysis.saliency import grad_cam
 from octvideo.data.dataset import EvalDataset, unlabelled
-from octvideo.data.decode import DecodeError, Video, open_video
+from octvideo.data.decode import DecodeError, Video, frames_at_a_time, open_video
 from octvideo.data.encode import EncodeError, write_mp4
 from octvideo.data.images import ImageEvalDataset
 from octvideo.data.transforms import scaled_size, uniform_crops
@@ -195,7 +195,7 @@ def look(network: Network, samples: EvalDataset | ImageEvalDataset, number: int)
     seen = Seen(sample.clips, probabilities, torch.cat(features), None, 1, 0.0)
     if isinstance(samples, ImageEvalDataset):
         return seen
-    with open_video(samples.videos.path(number), samples.decoder) as video:
+    with open_video(samples.videos.path(number), samples.decoder, max_pixels=samples.max_pixels) as video:
         return seen._replace(indices=samples.indices(video).numpy(), num_frames=video.num_frames, fps=video.fps)
 
 
@@ -325,8 +325,9 @@ class Annotation:
             one = whole(clip, height, width)[t][None, None]
             return F.interpolate(one, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
-        for start in range(0, video.num_frames, CHUNK):
-            part = video.frames(range(start, min(start + CHUNK, video.num_frames))).numpy()
+        count = min(CHUNK, frames_at_a_time(video))
+        for start in range(0, video.num_frames, count):
+            part = video.frames(range(start, min(start + count, video.num_frames))).numpy()
             for number, frame in enumerate(part, start):
                 clip = int(abs((first + last) / 2 - number).argmin())
                 if self.heats is not None and first[clip] <= number <= last[clip]:
@@ -351,7 +352,7 @@ class Annotation:
         return whole[..., 0]
 
     def write(self, path: str, out: Path) -> None:
-        with open_video(path, self.samples.decoder) as video:
+        with open_video(path, self.samples.decoder, max_pixels=self.samples.max_pixels) as video:
             write_atomic(out, lambda file: write_mp4(file, self.frames(video), video.fps))
 
 
