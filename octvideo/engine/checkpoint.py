@@ -166,17 +166,20 @@ def latest(folder: Path, *, run: bool = False) -> tuple[Path, dict[str, Any]] | 
     None where the folder has no checkpoint at all. run: see `load`. Raises CheckpointError where it has some and all are
     damaged, and where the system cannot read one: an older one in its place would lose work.
     """
-    paths, problems = found(folder), []
+    paths, damaged = found(folder), list[str]()
     for path in reversed(paths):
         try:
-            return path, load(path, run=run)
+            state = load(path, run=run)
         except DamagedError as error:
-            problems.append(str(error))
-            warnings.warn(f"skipped a broken checkpoint: {error}", stacklevel=2)
+            damaged.append(str(error))
+            continue
+        for problem in damaged:
+            warnings.warn(f"skipped a broken checkpoint: {problem}", stacklevel=2)
+        return path, state
     if paths:
+        lines = "\n  ".join(damaged)
         raise CheckpointError(
-            f"{folder}: all {len(paths)} checkpoints are broken; remove them to start from scratch. The newest one is "
-            f"{problems[0]}"
+            f"{folder}: all {len(paths)} checkpoints are broken; remove them to start from scratch\n  {lines}"
         )
     return None
 
