@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from octvideo import build
 from octvideo.config import ConfigError
 from octvideo.data.dataset import read_list
+from octvideo.data.decode import MAX_PIXELS
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World
@@ -65,6 +66,17 @@ def test_rand_augment_reaches_the_training_clips(tmp_path: Path) -> None:
     for config in (TINY, TINY.parents[1] / "stills/resnet_tiny.yaml"):
         samples = build.train_samples(build.load_config(config, changes), videos)
         assert (samples.augment_ops, samples.augment_magnitude, samples.augment_std) == (2, 7.0, 0.5)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY.parents[1] / "stills/resnet_tiny.yaml"], ids=["videos", "images"])
+def test_the_limit_of_pixels_reaches_the_readers(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    videos = read_list(str(tmp_path / "list.txt"), num_classes=4, check_files=False)
+    assert build.load_config(config).DATA.MAX_PIXELS == MAX_PIXELS
+    cfg = build.load_config(config, ["DATA.MAX_PIXELS", "9"])
+    assert build.train_samples(cfg, videos).max_pixels == build.eval_samples(cfg, videos, 1, 1).max_pixels == 9
+    with pytest.raises(ConfigError, match="DATA.MAX_PIXELS is 0; allowed: 1"):
+        build.load_config(config, ["DATA.MAX_PIXELS", "0"])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -285,9 +285,9 @@ def test_damage_between_the_clips_leaves_no_half_video(
     videos: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Damaged:
-        def __init__(self, path: str, backend: str) -> None:
-            self.video = open_video(path, backend)
-            self.num_frames, self.fps = self.video.num_frames, self.video.fps
+        def __init__(self, path: str, backend: str, max_pixels: int) -> None:
+            self.video = open_video(path, backend, max_pixels=max_pixels)
+            self.num_frames, self.fps, self.pixels = self.video.num_frames, self.video.fps, self.video.pixels
 
         def __enter__(self) -> "Damaged":
             return self
