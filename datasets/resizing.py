@@ -26,7 +26,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from octvideo.data.decode import DecodeError, open_video
+from octvideo.data.decode import DecodeError, MachineError, open_video
 from octvideo.data.lists import VideoList
 
 if TYPE_CHECKING or __package__:
@@ -210,7 +210,7 @@ def resize_file(source: str, target: Path, settings: Resizing, replace: bool) ->
         unfinished.replace(target)
         if replace:
             Path(source).unlink()
-    except DecodeError as error:
+    except (DecodeError, MachineError) as error:
         return Failure(str(error).removeprefix(f"{source}: "))
     except (FFmpegError, OSError) as error:
         return Failure(str(error.strerror or error), error.errno or 0)

@@ -34,7 +34,7 @@ from octvideo.engine import optim
 from octvideo.engine.distributed import World
 from octvideo.engine.train import Precision
 from octvideo.errors import shown
-from octvideo.files import unprintable
+from octvideo.files import first_line, unprintable
 from octvideo.models import (
     NETWORKS,
     ResNetSpec,
@@ -152,19 +152,25 @@ def _shape_problems(cfg: CfgNode) -> list[str]:
 
 
 def _factory_problems(cfg: CfgNode) -> list[str]:
-    """Does the network convert, take the crops and give logits of the classes?"""
+    """Return what is wrong with another package's network: it must convert, take the crops and give logits of the classes.
+
+    Its code may raise anything.
+    """
     try:
         with torch.random.fork_rng(devices=[]):
             structure = copy.deepcopy(_factory_network(cfg)).to("meta").eval()
-    except ValueError as error:
+    except ValueError as error:  # of from_factory and octavize, whose text is complete
         return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: {error}"]
+    except Exception as error:  # noqa: BLE001  # their code
+        return [f"MODEL.FACTORY is {cfg.MODEL.FACTORY}: its network cannot be built and converted: {_raised(error)}"]
     problems = []
     for key, crop in (("DATA.TRAIN_CROP", cfg.DATA.TRAIN_CROP), ("DATA.TEST_CROP", cfg.DATA.TEST_CROP)):
         try:
             with torch.no_grad():
                 logits = structure(torch.empty(1, *clip_size(cfg, crop), device="meta"))
-        except (RuntimeError, ValueError) as error:
-            problems.append(f"{key} is {crop}: {cfg.MODEL.FACTORY} does not take {clip_size(cfg, crop)}: {error}")
+        except Exception as error:  # noqa: BLE001  # their code
+            size = clip_size(cfg, crop)
+            problems.append(f"{key} is {crop}: {cfg.MODEL.FACTORY} does not take {size}: {_raised(error)}")
             continue
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, cfg.MODEL.NUM_CLASSES):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -173,6 +179,12 @@ def _factory_problems(cfg: CfgNode) -> list[str]:
                 f"(1, {cfg.MODEL.NUM_CLASSES})"
             )
     return problems
+
+
+def _raised(error: Exception) -> str:
+    """Return an exception's type and the first line of its text, if it has one."""
+    name = type(error).__name__
+    return name if (line := first_line(error)) == name else f"{name}: {line}"
 
 
 def takes_images(cfg: CfgNode) -> bool:
@@ -382,6 +394,7 @@ def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainD
             crop=cfg.DATA.TRAIN_CROP,
             crop_area=tuple(cfg.DATA.TRAIN_AREA),
             interpolation=cfg.DATA.INTERPOLATION,
+            max_pixels=cfg.DATA.MAX_PIXELS,
             flip=cfg.DATA.FLIP,
             augment_ops=cfg.DATA.RANDAUGMENT_OPS,
             augment_magnitude=cfg.DATA.RANDAUGMENT_MAGNITUDE,
@@ -402,6 +415,7 @@ def train_samples(cfg: CfgNode, videos: VideoList) -> TrainDataset | ImageTrainD
         augment_magnitude=cfg.DATA.RANDAUGMENT_MAGNITUDE,
         augment_std=cfg.DATA.RANDAUGMENT_STD,
         decoder=cfg.DATA.DECODER,
+        max_pixels=cfg.DATA.MAX_PIXELS,
         seed=cfg.SEED,
     )
 
@@ -421,6 +435,7 @@ def eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int
             short_side=cfg.DATA.TEST_SHORT_SIDE,
             crop=cfg.DATA.TEST_CROP,
             interpolation=cfg.DATA.INTERPOLATION,
+            max_pixels=cfg.DATA.MAX_PIXELS,
         )
     return EvalDataset(
         videos,
@@ -434,6 +449,7 @@ def eval_samples(cfg: CfgNode, videos: VideoList, num_clips: int, num_crops: int
         short_side=cfg.DATA.TEST_SHORT_SIDE,
         crop=cfg.DATA.TEST_CROP,
         decoder=cfg.DATA.DECODER,
+        max_pixels=cfg.DATA.MAX_PIXELS,
     )
 
 

@@ -17,13 +17,14 @@ from octvideo.files import write_atomic
 Main = Callable[..., int]
 
 
-def run(main: Main) -> int:
+def run(main: Main, *, keyboard_interrupt: bool = True) -> int:
     """Call main() as a program and return its exit status.
 
-    Standard output and standard error never raise (octvideo.streams).
+    Standard output and standard error never raise (octvideo.streams). keyboard_interrupt: ctrl-C raises KeyboardInterrupt;
+    False: it ends the program quietly until main installs a handler, for a main that imports much before it does.
     """
     streams.guard()
-    if signal.getsignal(signal.SIGINT) is end_quietly:
+    if keyboard_interrupt and signal.getsignal(signal.SIGINT) is end_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()

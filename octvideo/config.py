@@ -77,6 +77,7 @@ def defaults() -> CfgNode:
     )
     cfg.DATA.SEPARATOR = " "  # between path and label; the label follows the last one, so paths may hold spaces
     cfg.DATA.DECODER = "auto"  # a name in octvideo.data.decode.BACKENDS, or auto
+    cfg.DATA.MAX_PIXELS = 64_000_000  # of a frame or an image that is decoded; larger ones are refused (8K: 33 million)
     cfg.DATA.NUM_FRAMES = 8  # frames of a clip, >= 1
     cfg.DATA.SAMPLING_RATE = 8  # frames of the video per frame of the clip, >= 1
     cfg.DATA.TARGET_FPS = 30.0  # SAMPLING_RATE counts frames at this rate; 0: at the file's own
@@ -292,6 +293,7 @@ def check(
     at_least(0, "TRAIN.MAX_NONFINITE", "TRAIN.PRECISE_NORM_BATCHES", "TRAIN.PROFILE_STEPS")
     at_least(0, "SOLVER.CLIP_NORM", "DATA.RANDAUGMENT_OPS")
     at_least(1, "MODEL.NUM_CLASSES", "DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TRAIN_CROP", "DATA.TEST_CROP")
+    at_least(1, "DATA.MAX_PIXELS")
     at_least(1, "OCTAVE.ROUND_TO")
     at_least(1, "TRAIN.BATCH_SIZE", "TRAIN.EPOCHS", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.KEEP_CHECKPOINTS")
     at_least(1, "TRAIN.ACCUMULATE", "TRAIN.LOG_PERIOD", "TEST.CLIPS", "TEST.BATCH_SIZE", "SOLVER.BASE_BATCH")

@@ -5,15 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octvideo import build
 from octvideo.config import ConfigError
+from octvideo.data.decode import MAX_PIXELS
 from octvideo.data.lists import read_list
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import cutmix, mixup
 from octvideo.engine.distributed import World
 
+KINDS: list[type[Exception]] = [
+    AssertionError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ZeroDivisionError,
+    StopIteration,
+    MemoryError,
+]
 TINY = Path(__file__).parents[1] / "configs/motion/i3d_tiny.yaml"
 
 
@@ -56,6 +66,17 @@ def test_rand_augment_reaches_the_training_clips(tmp_path: Path) -> None:
     for config in (TINY, TINY.parents[1] / "stills/resnet_tiny.yaml"):
         samples = build.train_samples(build.load_config(config, changes), videos)
         assert (samples.augment_ops, samples.augment_magnitude, samples.augment_std) == (2, 7.0, 0.5)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY.parents[1] / "stills/resnet_tiny.yaml"], ids=["videos", "images"])
+def test_the_limit_of_pixels_reaches_the_readers(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    videos = read_list(str(tmp_path / "list.txt"), num_classes=4, check_files=False)
+    assert build.load_config(config).DATA.MAX_PIXELS == MAX_PIXELS
+    cfg = build.load_config(config, ["DATA.MAX_PIXELS", "9"])
+    assert build.train_samples(cfg, videos).max_pixels == build.eval_samples(cfg, videos, 1, 1).max_pixels == 9
+    with pytest.raises(ConfigError, match="DATA.MAX_PIXELS is 0; allowed: 1"):
+        build.load_config(config, ["DATA.MAX_PIXELS", "0"])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -121,3 +142,41 @@ def test_more_workers_than_cores_are_noted_once_by_the_main_rank(
             build.train_loader(cfg, videos, world, torch.device("cpu"))
     (line,) = capsys.readouterr().err.splitlines()
     assert "DATA.NUM_WORKERS is 3," in line and "2 cores" in line
+
+
+class Raising(nn.Module):
+    """A network of another package. `raised`: what its forward raises; None: it gives logits."""
+
+    raised: Exception | None = None
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        convolutions = (nn.Conv3d(channels, 8, 3, padding=1) for channels in (3, 8, 8))
+        self.conv, self.fc = nn.Sequential(*convolutions), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.raised:
+            raise self.raised
+        return self.fc(self.conv(x).mean((2, 3, 4)))
+
+
+def raising(num_classes: int) -> nn.Module:
+    return Raising(num_classes)
+
+
+@pytest.mark.parametrize("alpha", ["0.0", "0.25"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_a_network_of_another_package_raises_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], alpha: str
+) -> None:
+    overrides = ["MODEL.NUM_CLASSES", "4", "MODEL.FACTORY", f"{__name__}:raising", "OCTAVE.ALPHA", alpha]
+    build.load_config(TINY, overrides)
+    monkeypatch.setattr(Raising, "raised", kind("the first line\nand more"))
+    with pytest.raises(ConfigError) as caught:
+        build.load_config(TINY, overrides)
+    lines = caught.value.problems
+    assert all(f"{__name__}:raising" in line and "the first line" in line and "\n" not in line for line in lines)
+    assert [line.split()[0] for line in lines] in (["DATA.TRAIN_CROP", "DATA.TEST_CROP"], ["MODEL.FACTORY"])
+    monkeypatch.setattr(Raising, "raised", kind())
+    with pytest.raises(ConfigError, match=kind.__name__):
+        build.load_config(TINY, overrides)

@@ -35,7 +35,7 @@ from tabulate import tabulate
 
 from octvideo import build, command, jobs, launch, preflight
 from octvideo.analysis.report import WorstVideo, report_html, spread, thumbnail
-from octvideo.data.decode import DecodeError, member_of, open_video
+from octvideo.data.decode import DecodeError, MachineError, member_of, open_video
 from octvideo.data.images import read_image
 from octvideo.data.sampling import POLICIES, contained
 from octvideo.engine.distributed import World
@@ -257,7 +257,7 @@ def _worst(results: Results, video: int, taken: int, probability: float, *, imag
     path, label = results.paths[video], int(results.labels[video])
     try:
         return WorstVideo(path, label, taken, probability, _frames(path, images=images))
-    except (DecodeError, OSError) as error:  # it may have gone since the test; what was found stays true
+    except (DecodeError, MachineError, OSError) as error:  # it may have gone since the test; what was found stays true
         return WorstVideo(path, label, taken, probability, np.zeros((0, 1, 1, 3), np.uint8), str(error))
 
 
@@ -353,4 +353,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(command.run(main, keyboard_interrupt=False))

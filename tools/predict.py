@@ -36,7 +36,7 @@ from octvideo.analysis.contact import contact_sheet
 from octvideo.analysis.overlay import Font, choose_font, draw_panel, heat_over, lacking, legible
 from octvideo.analysis.saliency import grad_cam
 from octvideo.data.dataset import EvalDataset
-from octvideo.data.decode import DecodeError, Video, open_video
+from octvideo.data.decode import DecodeError, Video, frames_at_a_time, open_video
 from octvideo.data.encode import EncodeError, write_mp4
 from octvideo.data.images import ImageEvalDataset
 from octvideo.data.lists import unlabelled
@@ -163,7 +163,8 @@ def load_network(cfg: CfgNode, *, random_weights: bool) -> Network:
 
 
 def _check_classes(cfg: CfgNode, weights: dict[str, Tensor], path: Path) -> None:
-    count = len(weights["head.fc.bias"]) if "head.fc.bias" in weights else cfg.MODEL.NUM_CLASSES
+    bias = weights.get("head.fc.bias")
+    count = len(bias) if bias is not None and bias.dim() else cfg.MODEL.NUM_CLASSES
     if count != cfg.MODEL.NUM_CLASSES:
         remedy = f"give MODEL.NUM_CLASSES {count} or another checkpoint"
         raise CheckpointError(f"{path}: of {count} classes, but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}; {remedy}")
@@ -202,7 +203,7 @@ def look(network: Network, samples: EvalDataset | ImageEvalDataset, number: int)
     seen = Seen(sample.clips, probabilities, torch.cat(features), None, 1, 0.0)
     if isinstance(samples, ImageEvalDataset):
         return seen
-    with open_video(samples.videos.path(number), samples.decoder) as video:
+    with open_video(samples.videos.path(number), samples.decoder, max_pixels=samples.max_pixels) as video:
         return seen._replace(indices=samples.indices(video).numpy(), num_frames=video.num_frames, fps=video.fps)
 
 
@@ -332,8 +333,9 @@ class Annotation:
             one = whole(clip, height, width)[t][None, None]
             return F.interpolate(one, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
-        for start in range(0, video.num_frames, CHUNK):
-            part = video.frames(range(start, min(start + CHUNK, video.num_frames))).numpy()
+        count = min(CHUNK, frames_at_a_time(video))
+        for start in range(0, video.num_frames, count):
+            part = video.frames(range(start, min(start + count, video.num_frames))).numpy()
             for number, frame in enumerate(part, start):
                 clip = int(abs((first + last) / 2 - number).argmin())
                 if self.heats is not None and first[clip] <= number <= last[clip]:
@@ -358,7 +360,7 @@ class Annotation:
         return whole[..., 0]
 
     def write(self, path: str, out: Path) -> None:
-        with open_video(path, self.samples.decoder) as video:
+        with open_video(path, self.samples.decoder, max_pixels=self.samples.max_pixels) as video:
             write_atomic(out, lambda file: write_mp4(file, self.frames(video), video.fps))
 
 

@@ -60,4 +60,4 @@ def _job(cfg: CfgNode, request: Request) -> Job:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(command.run(main, keyboard_interrupt=False))

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from octvideo.data.augment import check_rand_augment, rand_augment
-from octvideo.data.decode import BACKENDS, DecodeError, Video, open_video
+from octvideo.data.decode import (
+    BACKENDS,
+    MAX_PIXELS,
+    DecodeError,
+    Video,
+    frames_at_a_time,
+    open_video,
+    out_of_memory,
+)
 from octvideo.data.lists import VideoList
 from octvideo.data.sampling import POLICIES, SHORT, eval_indices, seeded_generator, train_indices
 from octvideo.data.transforms import (
@@ -26,8 +34,7 @@ from octvideo.data.transforms import (
     uniform_crops,
 )
 
-# Frames held at full size at a time: the 80 of ten test clips would be 500 MB at 1080p, in every worker.
-CHUNK = 32
+MAX_ASPECT = 16  # longer side per shorter side of a video: scaled by its short side, a strip grows without limit
 
 
 class Failure(NamedTuple):
@@ -103,6 +110,7 @@ class TrainDataset(Dataset[Sample]):
     augment_magnitude: float = 0.0
     augment_std: float = 0.0
     decoder: str = "auto"
+    max_pixels: int = MAX_PIXELS
     seed: int
 
     def __post_init__(self) -> None:
@@ -116,7 +124,7 @@ class TrainDataset(Dataset[Sample]):
         epoch, index = key
         generator = seeded_generator("clip", self.seed, epoch, index)
         try:
-            with open_video(self.videos.path(index), self.decoder) as video:
+            with open_video(self.videos.path(index), self.decoder, max_pixels=self.max_pixels) as video:
                 indices = train_indices(
                     video.num_frames,
                     video.fps,
@@ -164,6 +172,7 @@ class EvalDataset(Dataset[Sample]):
     short_side: int
     crop: int
     decoder: str = "auto"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         _check(self, (self.short_side, self.short_side))
@@ -177,7 +186,7 @@ class EvalDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            with open_video(self.videos.path(index), self.decoder) as video:
+            with open_video(self.videos.path(index), self.decoder, max_pixels=self.max_pixels) as video:
                 frames, order = _scaled_frames(video, self.indices(video), self.short_side)
         except DecodeError as error:
             return failed_sample(self.videos, index, error)
@@ -205,8 +214,28 @@ class EvalDataset(Dataset[Sample]):
 def _scaled_frames(video: Video, indices: Tensor, short_side: int) -> tuple[Tensor, Tensor]:
     """int64 [...] -> uint8 [U, H, W, C], every wanted frame once, and int64 [...], where each index is among them."""
     numbers, order = indices.unique(return_inverse=True)
-    parts = [scale_short_side(video.frames(part.tolist()), short_side) for part in numbers.split(CHUNK)]
+    parts: list[Tensor] = []
+    size: torch.Size | None = None
+    try:
+        for part in numbers.split(frames_at_a_time(video)):
+            frames = video.frames(part.tolist())
+            size = size or frames.shape[1:3]
+            _check_size(video.path, size, frames.shape[1:3])
+            parts.append(scale_short_side(frames, short_side))
+            del frames  # before the next ones are read
+    except MemoryError:
+        raise out_of_memory(video.path) from None
     return (torch.cat(parts) if len(parts) > 1 else parts[0]), order
+
+
+def _check_size(path: str, first: torch.Size, size: torch.Size) -> None:
+    """Raise DecodeError for frames of another size than the first ones, and of a shape that scaling would make vast."""
+    text = f"{size[1]}x{size[0]}"
+    if size != first:
+        raise DecodeError(f"{path}: some frames are {text}, others {first[1]}x{first[0]}; re-encode it to one size")
+    if max(size) > MAX_ASPECT * min(size):
+        text = f"its frames are {text}; one side may be {MAX_ASPECT} times the other"
+        raise DecodeError(f"{path}: {text}; cut it to a usual shape")
 
 
 def failed_sample(videos: VideoList, index: int, error: DecodeError) -> Sample:
@@ -255,7 +284,7 @@ def _check(dataset: TrainDataset | EvalDataset, short_side: tuple[int, int]) -> 
     if dataset.decoder != "auto":  # is it installed? what it says of no video at all does not matter
         with contextlib.suppress(DecodeError):
             open_video(os.devnull, dataset.decoder)
-    for name in ("num_frames", "sampling_rate", "crop"):
+    for name in ("num_frames", "sampling_rate", "crop", "max_pixels"):
         if getattr(dataset, name) < 1:
             raise ValueError(f"{name} is {getattr(dataset, name)}; it must be at least 1")
     if dataset.target_fps < 0:

@@ -9,19 +9,35 @@ A path may also name a video inside a tar archive, as it lies there: TAR:OFFSET:
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from octvideo.errors import RunError, UserError
 from octvideo.files import open_regular
 
+# Pixels of the largest frame that is decoded, and of the largest image: 8K has 33 million.
+MAX_PIXELS = 64_000_000
+# Frames held at full size at a time: 32, or fewer that have this many bytes together (32 of 1080p have 199 million).
+CHUNK, CHUNK_BYTES = 32, 200_000_000
+
 
 class DecodeError(RunError, ValueError):
     """A file or a frame that cannot be read. The text is "PATH: reason; remedy"."""
+
+
+class MachineError(RunError):
+    """A file that the machine cannot read now, whatever is in it. The text is "PATH: reason; remedy".
+
+    No video may be counted as wrong, or be replaced, for it: the next one would fail as well.
+    """
 
 
 class MissingDecoderError(UserError, ModuleNotFoundError):
@@ -29,10 +45,15 @@ class MissingDecoderError(UserError, ModuleNotFoundError):
 
 
 class Video(Protocol):
-    """An open video. It belongs to the process that opened it: never hand one to a worker."""
+    """An open video. It belongs to the process that opened it: never hand one to a worker.
 
+    pixels: of a frame, as the container states them.
+    """
+
+    path: str
     num_frames: int
     fps: float
+    pixels: int
 
     def frames(self, indices: Sequence[int]) -> Tensor:
         """RGB uint8 [T, H, W, 3], upright, in the order asked; repeats are allowed.
@@ -47,15 +68,20 @@ class Video(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-def open_video(path: str, backend: str = "auto") -> Video:
-    """Open a video file, or one inside a tar archive (see member_of).
+def frames_at_a_time(video: Video) -> int:
+    """Return how many frames of the video may be held at full size, at least 1."""
+    return max(1, min(CHUNK, CHUNK_BYTES // (3 * video.pixels)))
+
+
+def open_video(path: str, backend: str = "auto", *, max_pixels: int = MAX_PIXELS) -> Video:
+    """Open a video file, or one inside a tar archive (see member_of). Frames of more than `max_pixels` are not decoded.
 
     `auto` is PyAV: right on every kind of file that was tried, where decord and torchcodec have to refuse some and do
     not see pictures that were painted over; the fastest per core; and it needs nothing but its wheel.
-    Errors: DecodeError for a file that is not a readable video, ValueError for an unknown backend,
-    MissingDecoderError for one that is not installed.
+    Errors: DecodeError for a file that is not a readable video, MachineError where the machine cannot read it, ValueError
+    for an unknown backend, MissingDecoderError for one that is not installed.
     """
-    return BACKENDS[chosen_backend(backend)](path)
+    return BACKENDS[chosen_backend(backend)](path, max_pixels)
 
 
 def chosen_backend(backend: str) -> str:
@@ -66,26 +92,26 @@ def chosen_backend(backend: str) -> str:
     return name
 
 
-def _pyav(path: str) -> Video:
+def _pyav(path: str, max_pixels: int) -> Video:
     from octvideo.data.decode_pyav import PyAVVideo
 
-    return PyAVVideo(path)
+    return PyAVVideo(path, max_pixels=max_pixels)
 
 
-def _decord(path: str) -> Video:
+def _decord(path: str, max_pixels: int) -> Video:
     from octvideo.data.decode_decord import DecordVideo
 
-    return DecordVideo(path)
+    return DecordVideo(path, max_pixels=max_pixels)
 
 
-def _torchcodec(path: str) -> Video:
+def _torchcodec(path: str, max_pixels: int) -> Video:
     from octvideo.data.decode_torchcodec import TorchcodecVideo
 
-    return TorchcodecVideo(path)
+    return TorchcodecVideo(path, max_pixels=max_pixels)
 
 
 # Imported when used: a decoder that is not asked for need not be installed.
-BACKENDS: dict[str, Callable[[str], Video]] = {"pyav": _pyav, "decord": _decord, "torchcodec": _torchcodec}
+BACKENDS: dict[str, Callable[[str, int], Video]] = {"pyav": _pyav, "decord": _decord, "torchcodec": _torchcodec}
 
 
 class Member(NamedTuple):
@@ -132,7 +158,7 @@ def _check_member(path: str, member: Member) -> None:
     except FileNotFoundError as error:
         raise DecodeError(f"{path}: no such archive {member.tar!r}; check the list and its prefix") from error
     except OSError as error:
-        raise DecodeError(f"{path}: the archive cannot be read ({error.strerror}); check the list") from error
+        raise unreadable(path, error, "the archive cannot be read", "check the list") from error
     if last > end:
         reason = f"bytes {member.offset} to {last} are no part of the archive, which has {end} bytes"
         raise DecodeError(f"{path}: {reason}; fetch the archive again, or make a new list of it")
@@ -143,6 +169,68 @@ def _check_member(path: str, member: Member) -> None:
     if size != member.size:
         reason = f"at byte {member.offset} of the archive no file of {member.size} bytes begins"
         raise DecodeError(f"{path}: {reason}; make a new list of it")
+
+
+_MEMORY = "not a fault of the file: lower DATA.NUM_WORKERS, or use a machine with more memory"
+_DISK = "not a fault of the file: check the disk or the network file system"
+_FAULTS = {
+    errno.EMFILE: "not a fault of the file: raise the limit of open files (ulimit -n) or lower DATA.NUM_WORKERS",
+    errno.ENFILE: "not a fault of the file: the system's limit of open files is reached (sysctl fs.file-max)",
+    **dict.fromkeys((errno.ENOMEM, errno.ENOBUFS), _MEMORY),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO), _DISK),
+    **dict.fromkeys((errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN), _DISK),
+}
+# Decoders give these for damaged files as well: data that end early, a table of an absurd size.
+_AMBIGUOUS = {errno.EIO, errno.ENOMEM, None}
+_SPARE = 1 << 28  # bytes that can be allocated where decoding does not lack memory
+
+
+def unreadable(path: str, error: Any, what: str, remedy: str) -> DecodeError | MachineError:
+    """Return the error for a file that cannot be opened or read. error: with errno and strerror, of Python or FFmpeg.
+
+    remedy: where the file is to blame.
+    """
+    text = f"{path}: {what} ({error.strerror or error})"
+    if error.errno in _FAULTS:
+        return MachineError(f"{text}; {_FAULTS[error.errno]}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        remedy = "allow this user to read it (permissions of the file and of its folders)"
+    return DecodeError(f"{text}; {remedy}")
+
+
+def out_of_memory(path: str) -> MachineError:
+    return MachineError(f"{path}: there is not enough memory to decode it; {_MEMORY}")
+
+
+def check_machine(path: str, error: Exception) -> None:
+    """Raise MachineError if a decoder's error is a fault of the machine.
+
+    An error that damaged files cause as well is the machine's if a plain read of the file, or an allocation, fails too.
+    """
+    code = getattr(error, "errno", None)
+    if code in _AMBIGUOUS:
+        try:
+            _read_plainly(path)
+            if code == errno.ENOMEM:
+                bytearray(_SPARE)
+        except MemoryError:
+            raise out_of_memory(path) from None
+        except OSError as fault:
+            code = fault.errno
+        else:
+            return
+    if code in _FAULTS:
+        raise MachineError(f"{path}: cannot be read ({os.strerror(code)}); {_FAULTS[code]}")
+
+
+def _read_plainly(path: str) -> None:
+    member = member_of(path)
+    file, begin, left = (member.tar, member.offset, member.size) if member else (path, 0, sys.maxsize)
+    if Path(file).is_file():
+        with Path(file).open("rb", buffering=0) as stream:
+            stream.seek(begin)
+            while data := stream.read(min(1 << 20, left)):
+                left -= len(data)
 
 
 def first_line(error: Exception) -> str:

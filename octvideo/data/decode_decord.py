@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octvideo.data.decode import DecodeError, MissingDecoderError, checked_indices, first_line, url_of
+from octvideo.data.decode import (
+    MAX_PIXELS,
+    DecodeError,
+    MissingDecoderError,
+    check_machine,
+    checked_indices,
+    first_line,
+    url_of,
+)
 from octvideo.data.decode_pyav import PyAVVideo
 
 try:
@@ -21,6 +29,8 @@ except ModuleNotFoundError as error:
 
 # A builtin error for a file that does not open, one of its own that is no RuntimeError, and next() at the end.
 FAILURES = (RuntimeError, decord.DECORDError, StopIteration)
+# decord decodes some 32 frames ahead and holds them as RGB: 1 GB of frames with so many pixels (4K has 9 million).
+LARGEST = 10_000_000
 # Where decord finds the first frame again after it has looked through the file; in a transport stream it does not.
 CONTAINERS = {"mov", "mp4", "matroska", "webm", "avi"}
 
@@ -37,15 +47,19 @@ class DecordVideo:
     which it cannot allocate memory (std::bad_alloc, SIGABRT), is refused here; others cannot be caught.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, max_pixels: int = MAX_PIXELS) -> None:
         self.path = path
-        with PyAVVideo(path) as reference:
-            self.num_frames, self.fps = reference.num_frames, reference.fps
+        with PyAVVideo(path, max_pixels=max_pixels) as reference:
+            self.num_frames, self.fps, self.pixels = reference.num_frames, reference.fps, reference.pixels
             if not CONTAINERS & reference.containers:
                 self._refuse(f"decord is inexact in {'/'.join(sorted(reference.containers))}")
             if reference.stated_frames > reference.num_bytes:
                 count = f"{reference.stated_frames} frames in {reference.num_bytes} bytes"
                 self._refuse(f"its container states {count}, for which decord allocates memory until it aborts")
+            if self.pixels > LARGEST:
+                self._refuse(
+                    f"decord decodes 32 frames of {self.pixels} pixels ahead, for which it has no limit of memory"
+                )
             if reference.num_streams > 1:
                 self._refuse(f"decord mixes up its {reference.num_streams} video streams")
             if reference.mirrored:
@@ -82,6 +96,7 @@ class DecordVideo:
                     images.append(image.asnumpy())
         except FAILURES as error:
             self._next = self.num_frames  # of no more use: open anew next time
+            check_machine(self.path, error)
             # decord decodes ahead: the damage may be a few frames on.
             where = f"frame {wanted[len(images)]} of {self.num_frames} cannot be decoded ({first_line(error)})"
             raise DecodeError(f"{self.path}: {where}; the file is damaged: fetch or encode it again") from error
@@ -91,6 +106,7 @@ class DecordVideo:
         try:
             return decord.VideoReader(url_of(self.path), num_threads=1)
         except FAILURES as error:
+            check_machine(self.path, error)
             reason = f"decord cannot open it ({first_line(error)})"
             raise DecodeError(f"{self.path}: {reason}; use the decoder pyav") from error
 

@@ -20,7 +20,16 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from octvideo.data.decode import DecodeError, checked_indices, url_of
+from octvideo.data.decode import (
+    CHUNK_BYTES,
+    MAX_PIXELS,
+    DecodeError,
+    check_machine,
+    checked_indices,
+    out_of_memory,
+    unreadable,
+    url_of,
+)
 
 # Frames that may be decoded in passing: a seek costs a flush and fills the decoder's delay again.
 SEEK_AHEAD = 4
@@ -47,11 +56,12 @@ class PacketIndex(NamedTuple):
 class PyAVVideo:
     """Exact by packet index: seek to the keyframe at or before, decode on, convert only what is wanted.
 
-    Files whose timestamps are no use are read from their start, frames being counted.
+    Files whose timestamps are no use are read from their start, frames being counted. Pictures of more than `max_pixels`
+    are not decoded, wherever in the stream they come.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, max_pixels: int = MAX_PIXELS) -> None:
+        self.path, self.max_pixels = path, max_pixels
         # One for all frames: frame.reformat() would set the conversion up anew each time.
         self._reformatter = VideoReformatter()
         self._decoder: Iterator[tuple[int, VideoFrame]] = iter(())
@@ -59,7 +69,8 @@ class PyAVVideo:
         self._keep_pts: set[int] = set()  # of the frames wanted now, and the last of them
         self._last_pts = 0
         self._turned = False  # a display matrix was read
-        self._container, self._stream = _open_stream(path)
+        self._container, self._stream = _open_stream(path, max_pixels)
+        self.pixels = self._stream.width * self._stream.height or max_pixels
         try:
             self._index = _read_index(path, self._container, self._stream)
             self._number_of = {pts: number for number, pts in enumerate(self._index.pts)}
@@ -129,7 +140,7 @@ class PyAVVideo:
         for number, frame in self.read(sorted(places)):
             image = self._rgb(frame, number)
             if out is None:
-                out = np.empty((len(numbers), *image.shape), np.uint8)
+                out = self._clip(len(numbers), image)
                 matrix = self._display_matrix(frame)
             elif image.shape != out.shape[1:]:
                 reason = f"frame {number} is {frame.width}x{frame.height}, the first one read is of another size"
@@ -139,6 +150,16 @@ class PyAVVideo:
         assert out is not None  # read gives every number or raises
         clip = torch.from_numpy(out).unflatten(2, (-1, 3))  # [T, H, W * 3] -> [T, H, W, 3]
         return clip if matrix is None else _upright(self.path, clip, *matrix)
+
+    def _clip(self, count: int, image: np.ndarray) -> np.ndarray:
+        """Return memory for `count` images. The caller chose the number by `pixels`."""
+        if image.size > 3 * self.pixels and count * image.nbytes > 2 * CHUNK_BYTES:
+            reason = f"its frames have {image.size // 3} pixels, its container states {self.pixels}"
+            raise DecodeError(f"{self.path}: {reason}; encode it again")
+        try:
+            return np.empty((count, *image.shape), np.uint8)
+        except MemoryError:
+            raise out_of_memory(self.path) from None
 
     def read(self, wanted: list[int]) -> Iterator[tuple[int, VideoFrame]]:
         """Every wanted frame (numbers ascending) once. What lies between two of them is decoded once."""
@@ -160,16 +181,28 @@ class PyAVVideo:
                             self._decoder = iter(())
                             reason = f"frame {number} is damaged"
                             break
+                        if frame.width * frame.height > self.max_pixels:
+                            raise DecodeError(f"{self.path}: frame {number} has {_too_many(frame, self.max_pixels)}")
                         if number in todo:
                             todo.remove(number)
                             yield number, frame
                         if target not in todo or number > target + MAX_REORDER:
                             break
                 except FFmpegError as error:
-                    reason = str(error.strerror)
+                    reason = self._reason(error)
             if target in todo:
                 where = f"frame {target} of {self.num_frames} cannot be decoded ({reason})"
                 raise DecodeError(f"{self.path}: {where}; the file is damaged: fetch or encode it again")
+
+    def _reason(self, error: FFmpegError) -> str:
+        """Return why a picture does not decode. Raises MachineError if the machine is to blame."""
+        check_machine(self.path, error)
+        codec = self._stream.codec_context
+        if codec.width * codec.height > self.max_pixels:
+            return f"it has {codec.width}x{codec.height} pixels; DATA.MAX_PIXELS is {self.max_pixels}"
+        if not codec.width:  # FFmpeg forgets a size that it refuses
+            return f"its size is unknown, or above DATA.MAX_PIXELS {self.max_pixels}"
+        return str(error.strerror)
 
     def _starts(self, target: int) -> Iterator[int | None]:
         """Where to decode from, cheapest first: None is on from here, else a keyframe, ever earlier, or REOPEN.
@@ -189,7 +222,7 @@ class PyAVVideo:
     def _restart(self, start: int) -> None:
         if start == REOPEN:
             self.close()
-            self._container, self._stream = _open_stream(self.path)
+            self._container, self._stream = _open_stream(self.path, self.max_pixels)
         else:
             self._container.seek(self._index.key_pts[start], stream=self._stream)
         self._decoder = self._numbered() if self._index.pts else self._counted()
@@ -232,7 +265,7 @@ class PyAVVideo:
             for number, _ in self._decoder:  # noqa: B007
                 pass
         except FFmpegError as error:
-            where = f"frame {number + 1} cannot be decoded ({error.strerror})"
+            where = f"frame {number + 1} cannot be decoded ({self._reason(error)})"
             raise DecodeError(f"{self.path}: {where}; the file is damaged: fetch or encode it again") from error
         if number < 0:
             raise DecodeError(f"{self.path}: not one frame can be decoded; fetch or encode it again")
@@ -268,15 +301,19 @@ class PyAVVideo:
         return matrix
 
 
-def _open_stream(path: str) -> tuple[InputContainer, VideoStream]:
-    """The container and its best video stream, set to one decoding thread."""
+def _open_stream(path: str, max_pixels: int) -> tuple[InputContainer, VideoStream]:
+    """The container and its best video stream, set to one decoding thread and to pictures of at most `max_pixels`."""
+    # FFmpeg stops above this before it allocates, when it opens the file, too, and wherever in the stream a size comes. It
+    # compares widths that it rounds up.
+    limit = {"max_pixels": str(2 * max_pixels)}
     try:
         # Tags in an old encoding are no reason to refuse a video.
-        container = av.open(url_of(path), metadata_errors="ignore")
+        container = av.open(url_of(path), metadata_errors="ignore", options=limit)
     except av.error.FileNotFoundError as error:
         raise DecodeError(f"{path}: no such file; check the list and its prefix") from error
     except FFmpegError as error:
-        raise DecodeError(f"{path}: cannot be opened ({error.strerror}); fetch or encode it again") from error
+        check_machine(path, error)
+        raise unreadable(path, error, "cannot be opened", "fetch or encode it again") from error
     pictures = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     stream = next((s for s in pictures if s is best), pictures[0] if pictures else None)
@@ -284,8 +321,18 @@ def _open_stream(path: str) -> tuple[InputContainer, VideoStream]:
         container.close()
         reason = "it has no video stream" if stream is None else "no decoder for its video stream is built in"
         raise DecodeError(f"{path}: {reason}; take it off the list or encode it again")
-    stream.codec_context.thread_count = 1
+    codec = stream.codec_context
+    if codec.width * codec.height > max_pixels:
+        container.close()
+        raise DecodeError(f"{path}: its frames have {_too_many(codec, max_pixels)}")
+    codec.thread_count = 1
+    codec.options = limit
     return container, stream
+
+
+def _too_many(picture: Any, max_pixels: int) -> str:
+    size = f"{picture.width}x{picture.height} = {picture.width * picture.height} pixels"
+    return f"{size}; at most {max_pixels} are decoded; scale it down, or raise DATA.MAX_PIXELS"
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
@@ -308,6 +355,7 @@ def _read_index(path: str, container: InputContainer, stream: VideoStream) -> Pa
             if packet.size and not (vp8 and not memoryview(packet)[0] & 0x10):
                 marks.append((packet.pts, packet.is_keyframe, not packet.is_discard))
     except FFmpegError as error:
+        check_machine(path, error)
         reason = f"cannot be read behind frame {len(marks)} ({error.strerror})"
         raise DecodeError(f"{path}: {reason}; fetch or encode it again") from error
     pts = [time for time, _, shown in marks if shown]

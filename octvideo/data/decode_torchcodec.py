@@ -8,7 +8,15 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from octvideo.data.decode import DecodeError, MissingDecoderError, checked_indices, first_line, url_of
+from octvideo.data.decode import (
+    MAX_PIXELS,
+    DecodeError,
+    MissingDecoderError,
+    check_machine,
+    checked_indices,
+    first_line,
+    url_of,
+)
 from octvideo.data.decode_pyav import PyAVVideo
 
 try:
@@ -35,10 +43,10 @@ class TorchcodecVideo:
     and returns the picture. If the size of the pictures changes, torchcodec raises an error.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, max_pixels: int = MAX_PIXELS) -> None:
         self.path = path
-        with PyAVVideo(path) as reference:
-            self.num_frames, self.fps = reference.num_frames, reference.fps
+        with PyAVVideo(path, max_pixels=max_pixels) as reference:
+            self.num_frames, self.fps, self.pixels = reference.num_frames, reference.fps, reference.pixels
             self._stream, self._times = reference.stream_index, [float(time) for time in reference.times]
             if not CONTAINERS & reference.containers:
                 self._refuse(f"torchcodec is inexact in {'/'.join(sorted(reference.containers))}")
@@ -66,6 +74,7 @@ class TorchcodecVideo:
         try:
             batch = decoder.get_frames_at(numbers)
         except FAILURES as error:
+            check_machine(self.path, error)
             where = f"one of the frames {min(numbers)} to {max(numbers)} of {self.num_frames} cannot be decoded"
             remedy = "the file is damaged: fetch or encode it again"
             raise DecodeError(f"{self.path}: {where} ({_reason(error)}); {remedy}") from error
@@ -86,6 +95,7 @@ class TorchcodecVideo:
                 seek_mode="exact",
             )
         except FAILURES as error:
+            check_machine(self.path, error)
             reason = f"torchcodec cannot open it ({_reason(error)})"
             raise DecodeError(f"{self.path}: {reason}; use the decoder pyav") from error
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from octvideo.data.augment import check_rand_augment, rand_augment
 from octvideo.data.dataset import Sample, failed_sample
-from octvideo.data.decode import DecodeError
+from octvideo.data.decode import MAX_PIXELS, DecodeError, out_of_memory, unreadable
 from octvideo.data.lists import Columns, ListError, Problems, VideoList, counted, read_list, repeated
 from octvideo.data.sampling import seeded_generator
 from octvideo.data.transforms import random_flip, random_resized_box, scaled_size, uniform_crops
@@ -164,18 +164,18 @@ def _hash_of(entry: os.DirEntry[str], device: int) -> int:
     return hash((found.st_dev, found.st_ino))
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file as RGB of 8 bits, upright.
 
     Turned as its EXIF orientation says; opacity is dropped; of several frames it is the first. The file is closed.
-    Errors: DecodeError for a file that is missing, damaged, of another format than FORMATS, or of more pixels than
-    PIL.Image.MAX_IMAGE_PIXELS.
+    Errors: DecodeError for a file that is missing, damaged, of another format than FORMATS, or of more than `max_pixels`
+    (or twice PIL.Image.MAX_IMAGE_PIXELS), which is not decoded. MachineError where the machine cannot read it.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            # Pillow itself only warns up to twice the limit.
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+            if image.width * image.height > max_pixels:
+                text = f"it has {image.width}x{image.height} = {image.width * image.height} pixels; at most {max_pixels} are"
+                raise DecodeError(f"{path}: {text} decoded; scale it down, or raise DATA.MAX_PIXELS")
             rgb = _rgb(image)
             turn = _turn(image)
     except FileNotFoundError as error:
@@ -183,11 +183,16 @@ def read_image(path: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise DecodeError(f"{path}: is no {', '.join(FORMATS)} image; fetch or save it again") from error
     except BOMB as error:
-        reason = f"more pixels than PIL.Image.MAX_IMAGE_PIXELS {Image.MAX_IMAGE_PIXELS} ({error})"
+        reason = f"more pixels than twice PIL.Image.MAX_IMAGE_PIXELS {Image.MAX_IMAGE_PIXELS} ({error})"
         raise DecodeError(f"{path}: {reason}; scale it down") from error
+    except DecodeError:  # which is one of DAMAGE
+        raise
+    except OSError as error:
+        raise unreadable(path, error, "cannot be read", "fetch or save it again") from error
     except DAMAGE as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DecodeError(f"{path}: cannot be read ({reason}); fetch or save it again") from error
+        raise DecodeError(f"{path}: cannot be read ({error}); fetch or save it again") from error
+    except MemoryError:
+        raise out_of_memory(path) from None
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -230,6 +235,7 @@ class ImageTrainDataset(Dataset[Sample]):
     augment_magnitude: float = 0.0
     augment_std: float = 0.0
     interpolation: str = "bilinear"
+    max_pixels: int = MAX_PIXELS
     seed: int
 
     def __post_init__(self) -> None:
@@ -248,7 +254,7 @@ class ImageTrainDataset(Dataset[Sample]):
         epoch, index = key
         generator = seeded_generator("clip", self.seed, epoch, index)
         try:
-            image = read_image(self.images.path(index))
+            image = read_image(self.images.path(index), max_pixels=self.max_pixels)
         except DecodeError as error:
             return failed_sample(self.images, index, error)
         top, left, height, width = random_resized_box(
@@ -282,6 +288,7 @@ class ImageEvalDataset(Dataset[Sample]):
     short_side: int
     crop: int
     interpolation: str = "bilinear"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         _check(self)
@@ -294,11 +301,11 @@ class ImageEvalDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image = read_image(self.images.path(index))
+            image = read_image(self.images.path(index), max_pixels=self.max_pixels)
         except DecodeError as error:
             return failed_sample(self.images, index, error)
         height, width = scaled_size(image.height, image.width, self.short_side)
-        if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:  # a strip of one pixel grows most
+        if height * width > self.max_pixels:  # a strip of one pixel grows most
             reason = f"{image.width}x{image.height} would grow to {width}x{height}; cut it to a usual shape"
             return failed_sample(self.images, index, DecodeError(f"{self.images.path(index)}: {reason}"))
         frames = _frames(image.resize((width, height), INTERPOLATION[self.interpolation]))
@@ -321,5 +328,6 @@ def _check(dataset: ImageTrainDataset | ImageEvalDataset) -> None:
     if dataset.interpolation not in INTERPOLATION:
         choices = ", ".join(INTERPOLATION)
         raise ValueError(f"interpolation is {dataset.interpolation!r}; choose one of: {choices}")
-    if dataset.crop < 1:
-        raise ValueError(f"crop is {dataset.crop}; it must be at least 1")
+    for name in ("crop", "max_pixels"):
+        if getattr(dataset, name) < 1:
+            raise ValueError(f"{name} is {getattr(dataset, name)}; it must be at least 1")

@@ -6,11 +6,11 @@ at all.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 import tokenize
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octvideo.claims import StoredZip
 from octvideo.engine.classes import check_class_order
 from octvideo.errors import RunError
 from octvideo.files import write_atomic
@@ -242,19 +243,11 @@ def _some(names: Sequence[str]) -> str:
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file, each of its kind and number of axes."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed, so that it may expand to anything; scores are stored as they are")
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not an .npz of several")
-        with file:
-            arrays = {name: file[name] for name in ARRAYS if name in file}
+        with StoredZip(path) as archive:
+            arrays = {name: _array(archive, f"{name}.npy") for name in ARRAYS if f"{name}.npy" in archive.sizes}
     except FileNotFoundError:
         raise ScoresError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError) as error:
-        raise ScoresError(f"{path}: not a file of scores ({_first_line(error)})") from None
-    except (zipfile.BadZipFile, zlib.error, tokenize.TokenError, RuntimeError, MemoryError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
         raise ScoresError(f"{path}: not a whole file of scores ({_first_line(error)})") from None
     if missing := [name for name in ARRAYS if name not in arrays]:
         raise ScoresError(f"{path}: not a file of scores: {', '.join(missing)} missing")
@@ -267,6 +260,24 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if int(arrays["format"]) != FORMAT:
         raise ScoresError(f"{path}: scores of format {int(arrays['format'])}; this version reads format {FORMAT}")
     return arrays
+
+
+def _array(archive: StoredZip, name: str) -> np.ndarray:
+    """Return an array in NumPy's format, of which the archive has every byte."""
+    file = io.BytesIO(archive.read(name))
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"{name} is of the unknown version {version}")
+    shape, fortran, dtype = _HEADERS[version](file)
+    content = file.getbuffer()[file.tell() :]
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not read")
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{name} is of shape {shape} and dtype {dtype} in {len(content)} bytes")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def _refuse(constant: str) -> float:

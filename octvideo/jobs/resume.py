@@ -15,6 +15,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from octvideo import build
 from octvideo.config import ConfigError, changes
 from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
@@ -87,6 +88,7 @@ def find_start(
     start = _compared(cfg, path, state, lists)
     check_class_order(state.get("classes") or [], classes, str(path), whose=("the checkpoint", "the training list"))
     checkpoint.load_weights(model, state["model"], path)
+    checkpoint.require_fit(state["optimizer"], build.optimizer(cfg, model), path)
     if world.main:
         start.remarks += [
             f"{moved}: not used, since it is corrupt or of a later step; renamed"
@@ -98,7 +100,7 @@ def find_start(
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     resume = cfg.TRAIN.RESUME
     if resume == "auto":
-        return checkpoint.latest(folder)
+        return checkpoint.latest(folder, run=True)
     if resume == "none":
         if checkpoint.found(folder):
             raise CheckpointError(
@@ -107,9 +109,7 @@ def _checkpoint_to_resume(cfg: CfgNode, folder: Path) -> tuple[Path, dict[str, A
             )
         return None
     path = Path(resume)
-    state = checkpoint.load(path)
-    if "optimizer" not in state:
-        raise CheckpointError(f"{path}: holds weights, not a run to resume; start from them with TRAIN.INIT {path}")
+    state = checkpoint.load(path, run=True)
     later = [p.name for p in checkpoint.found(folder) if checkpoint.step_of(p) > state["step"]]
     if later:
         raise CheckpointError(

@@ -21,7 +21,6 @@ from octvideo import build
 from octvideo.data.lists import VideoList
 from octvideo.data.loader import Loader, TrainBatches
 from octvideo.engine import checkpoint
-from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.classes import check_class_order
 from octvideo.engine.distributed import World, barrier, broadcast_buffers, gather_objects
 from octvideo.engine.ema import Ema
@@ -36,7 +35,7 @@ from octvideo.engine.profile import StepProfiler
 from octvideo.engine.stop import Stopped, StopRequest
 from octvideo.engine.train import Precision, Progress, TrainingError, fit
 from octvideo.engine.unread import UnreadSteps
-from octvideo.files import first_line, write_atomic
+from octvideo.files import write_atomic
 from octvideo.jobs.announcement import announce
 from octvideo.jobs.provenance import list_digest, versions
 from octvideo.jobs.resume import Start, find_start
@@ -74,15 +73,9 @@ class _Run:
 
     def restore(self, start: Start) -> None:
         """Continue from a checkpoint: its state; all settings are those of the configuration."""
-        state, path = start.state, start.path
+        state = start.state
         assert state is not None
-        assert path is not None
-        try:
-            load_momenta(self.sgd, state["optimizer"])
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: its optimizer state does not fit this network ({first_line(error)})"
-            ) from error
+        load_momenta(self.sgd, state["optimizer"])
         if self.precision.scaler and state["scaler"]:
             self.precision.scaler.load_state_dict(state["scaler"])
         self.progress.epoch, self.progress.step, self.progress.clips_in_epoch = (

@@ -82,8 +82,7 @@ def _trace(
         return tracer.trace(model, arguments)
     except Exception as error:
         module = tracer.failed or ""
-        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise ConversionError(_complaint(what, module, _line_of(error), model)) from error
+        raise ConversionError(_complaint(_raised(error), module, _line_of(error), model)) from error
 
 
 def _refuse_input(model: nn.Module, example_input: Any) -> None:
@@ -92,7 +91,12 @@ def _refuse_input(model: nn.Module, example_input: Any) -> None:
         with torch.no_grad():
             copy.deepcopy(model).eval()(copy.deepcopy(example_input))
     except Exception as own:
-        raise ConversionError(f"the network itself fails on example_input: {own} ({_line_of(own)})") from own
+        raise ConversionError(f"the network itself fails on example_input: {_raised(own)} ({_line_of(own)})") from own
+
+
+def _raised(error: Exception) -> str:
+    """Return an exception's type and the first line of its text."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _complaint(what: str, module: str, line: str, model: nn.Module) -> str:

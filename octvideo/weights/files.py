@@ -1,19 +1,14 @@
 """What a file of weights is and what it holds, by its content and never by its name. Nothing here writes.
 
-A pickle is a program. PyTorch's are opened by torch.load with weights_only. Of Caffe2's the instructions are read here,
-and a call is noted instead of made: no name in the file stands for anything that could run.
+A pickle is a program. Its instructions are followed by octvideo.pickles, for which no name in a file stands for anything
+that could run.
 """
 
 from __future__ import annotations
 
-import lzma
 import math
 import pickle
-import pickletools
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,38 +19,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from octvideo import pickles, torch_file
+from octvideo.claims import CONTENTS, BoundedFile
+from octvideo.files import first_line
+from octvideo.torch_file import DTYPES, TorchFileError
 from octvideo.weights.coverage import WeightsError
 from octvideo.weights.mxnet import GZIP_MAGIC, is_tar, read_params
 from octvideo.weights.mxnet import MAGIC as MXNET_MAGIC
 
 KINDS = "PyTorch (zip or older), safetensors, Caffe2 pickles of blobs, MXNet .params and tars of one"
-_ZIP_MAGIC = b"PK\x03\x04"
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickle of the magic number 0x1950a86a20f9469cfc6c
 _PICKLE = b"\x80"  # and the protocol, 2 or later
 
 # where a training program puts the weights beside other things, first found first taken
 _NESTS = ("model_state", "state_dict", "model")
 _BOOKKEEPING = {"epoch", "step", "iteration", "iter", "arch", "cfg", "config", "args", "lr", "model_iter", "best_acc1"}
 
-# all that a damaged or hostile pickle was seen to raise; the modules promise no common base
-_BROKEN = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# what the modules that read pickles and arrays were seen to raise for damaged and hostile ones
+_BROKEN = (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OverflowError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -70,14 +50,27 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """Read a file of weights. Raises WeightsError for what is none, is damaged or holds anything but weights."""
+    """Read a file of weights. Raises WeightsError for what is none, is damaged or holds anything but weights.
+
+    Every size that a file claims is compared with the bytes that it has, before memory is allocated for it.
+    """
     head = _head(path)
+    try:
+        return _read(path, head)
+    except OSError as error:
+        raise WeightsError(f"{path}: could not be read ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise WeightsError(f"{path}: not enough memory to read it ({error or 'no details'})") from error
+
+
+def _read(path: Path, head: bytes) -> Source:
     if head.startswith((MXNET_MAGIC, GZIP_MAGIC)) or is_tar(head):
         return Source("mxnet", read_params(path))
-    if head.startswith((_ZIP_MAGIC, _LEGACY_TORCH)):
-        return _read_torch(path, zipped=head.startswith(_ZIP_MAGIC))
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:  # a JSON header and its length
-        return Source("torch", _without_module(_read_safetensors(path)))
+    if head.startswith((torch_file.ZIP_MAGIC, torch_file.LEGACY_MAGIC)):
+        return _read_torch(path)
+    header = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header < path.stat().st_size:  # a JSON header and its length
+        return Source("torch", _without_module(_tensors(_read_safetensors(path, header), path)))
     if head.startswith(_PICKLE):
         return Source("caffe2", _read_caffe2(path))
     begins = f"begins with {head[:16]!r}" if head else "is empty"
@@ -96,17 +89,13 @@ def _head(path: Path) -> bytes:
         raise WeightsError(f"{path}: could not be read ({error.strerror})") from error
 
 
-def _read_torch(path: Path, zipped: bool) -> Source:
+def _read_torch(path: Path) -> Source:
     try:
-        if zipped:
-            with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f"the checksum of {damaged} does not agree")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except _BROKEN as error:
+        content = torch_file.read(path)
+    except TorchFileError as error:
         raise WeightsError(
-            f"{path}: not a whole PyTorch file of tensors and plain values ({_first_line(error)}); if it holds more, save "
-            "its state dict alone"
+            f"{path}: not a whole PyTorch file of tensors and plain values ({error}); if it holds more, save its state "
+            "dict alone"
         ) from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}; a state dict is read")
@@ -116,11 +105,14 @@ def _read_torch(path: Path, zipped: bool) -> Source:
     return Source("torch", _without_module(_tensors(nested, path)))
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, header: int) -> dict[str, Tensor]:
+    """header: its bytes. The reader compares the sizes in it with those of the file."""
+    if header > CONTENTS:
+        raise WeightsError(f"{path}: a header of {header} bytes; at most {CONTENTS} are read")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({_first_line(error)})") from error
+    except (SafetensorError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({first_line(error)})") from error
 
 
 def _tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
@@ -130,6 +122,9 @@ def _tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     if strange or not kept:
         what = f"{strange[0]!r} is a {type(kept[strange[0]]).__name__}" if strange else "it has no entries"
         raise WeightsError(f"{path}: not a state dict: {what}; tensors are read, alone or under {', '.join(_NESTS)}")
+    for name, value in kept.items():
+        if value.dtype not in DTYPES:
+            raise WeightsError(f"{path}: {name} is of {value.dtype}; floats, integers and booleans are read")
     return kept
 
 
@@ -140,10 +135,6 @@ def _without_module(entries: dict[str, Tensor]) -> dict[str, Tensor]:
     return entries
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
 @dataclass(frozen=True)
 class _Global:
     """A name that a pickle may call."""
@@ -151,7 +142,7 @@ class _Global:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Call:
     """What a pickle would have called, with what, and the state it would have set."""
 
@@ -167,129 +158,47 @@ _NAMES |= {("__builtin__", "bytes"): "bytes", ("collections", "OrderedDict"): "O
 
 _DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 _MAX_DIMS, _MAX_SIZE = 32, 1 << 31
+_OBJECTS = 48 << 20  # bytes that names and shapes may take in memory, besides twice the file's size for the arrays
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-}
-_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"}
-_LITERALS |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+
+class _Notes:
+    """Each call in a pickle is noted instead of made."""
+
+    def find(self, module: str, name: str) -> _Global:
+        if (module, name) not in _NAMES:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only NumPy arrays are read")
+        return _Global(_NAMES[module, name])
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> _Call | dict[str, Any]:
+        if not isinstance(function, _Global):
+            raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
+        return {} if function.name == "OrderedDict" and not args else _Call(function.name, args)
+
+    def build(self, value: Any, state: Any) -> None:
+        if not isinstance(value, _Call):
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(value).__name__}")
+        value.state = state
+
+    def load(self, identity: Any) -> Any:
+        raise pickle.UnpicklingError("it uses BINPERSID, which no arrays need")
 
 
 def _read_caffe2(path: Path) -> dict[str, Tensor]:
     try:
-        content = path.read_bytes()
-        top = _dict(_unpickle(content))
-        return _blobs(_dict(top.get("blobs")), budget=len(content))
+        with BoundedFile(path) as file:
+            top = _dict(pickles.load(file, _Notes(), _OBJECTS + 2 * file.size))
+            return _blobs(_dict(top.get("blobs")), budget=file.size)
     except _BROKEN as error:
         raise WeightsError(
-            f"{path}: not a whole Caffe2 pickle {{'blobs': {{name: array}}}} ({_first_line(error)})"
+            f"{path}: not a whole Caffe2 pickle {{'blobs': {{name: array}}}} ({first_line(error)})"
         ) from error
-
-
-def _unpickle(content: bytes) -> Any:
-    """What a pickle describes, of dicts, lists, tuples, plain values and `_Call`s.
-
-    pickle.Unpickler with a find_class of its own would not do: it reserves memory for sizes that a file merely claims,
-    and hashes keys nested deep enough to overflow the C stack. Here pickletools reads the instructions, of which those
-    for arrays in dicts are followed, and bytes of Python 2 strings become characters (latin1).
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    argument: Any
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(content):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case name if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name]())
-            case name if name in _LITERALS:
-                stack.append(argument)
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND":
-                value = stack.pop()
-                _list(stack[-1]).append(value)
-            case "APPENDS":
-                values = since_mark()
-                _list(stack[-1]).extend(values)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _update(stack[-1], [key], [value])
-            case "SETITEMS":
-                values = since_mark()
-                _update(stack[-1], values[::2], values[1::2])
-            case "GLOBAL":
-                stack.append(_global(*str(argument).split(" ", 1)))
-            case "STACK_GLOBAL":
-                name = stack.pop()
-                stack.append(_global(stack.pop(), name))
-            case "REDUCE":
-                args = stack.pop()
-                stack.append(_called(stack.pop(), args))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1].state = state
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case name:
-                raise pickle.UnpicklingError(f"it uses {name}, which no arrays need")
-
-
-def _global(module: Any, name: Any) -> _Global:
-    if not (isinstance(module, str) and isinstance(name, str)):
-        raise pickle.UnpicklingError("it asks for what is no name")
-    if (module, name) not in _NAMES:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only NumPy arrays are read")
-    return _Global(_NAMES[module, name])
-
-
-def _called(function: Any, args: Any) -> _Call | dict[str, Any]:
-    if not isinstance(function, _Global) or not isinstance(args, tuple):
-        raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
-    return {} if function.name == "OrderedDict" and not args else _Call(function.name, args)
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise pickle.UnpicklingError(f"a {type(value).__name__} where a list is expected")
-    return value
-
-
-def _update(target: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
-    if not isinstance(target, dict) or not all(isinstance(key, str) for key in keys):
-        raise pickle.UnpicklingError("items for what is no dict, or under what are no names")
-    target.update(zip(keys, values, strict=True))
 
 
 def _dict(value: Any) -> dict[str, Any]:
     if isinstance(value, _Call) and value.name == "OrderedDict":  # Python 2 gives it its items in one list
-        pairs, value = _list(value.args[0]), {}
+        pairs, value = value.args[0], {}
         for key, item in pairs:
-            _update(value, [key], [item])
+            pickles.update(value, [key], [item])
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__} where a dict is expected")
     return value
@@ -301,6 +210,8 @@ def _blobs(blobs: Mapping[str, Any], budget: int) -> dict[str, Tensor]:
     for name, value in blobs.items():
         if name in _BOOKKEEPING and not isinstance(value, _Call):
             continue
+        if not isinstance(name, str):
+            raise ValueError(f"{name} where the name of an array should be")
         array = _array(value, name)
         budget -= array.nbytes
         if budget < 0:

@@ -18,6 +18,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -34,7 +35,8 @@ _DTYPES = ("f4", "f8", "f2", "u1", "i4", "i1", "i8", "?", "i2", "u2", "u4", "u8"
 _BFLOAT16 = 12
 _MAX_DIMS = 32
 _MAX_ARRAYS = 1 << 16
-_MAX_RATIO = 100  # weights hardly compress; what does a hundredfold was made to fill a memory
+_MAX_RATIO = 10  # weights hardly compress; what does tenfold was made to fill a memory
+_MAX_MEMBERS = 1000  # of a tar
 
 
 def read_params(path: Path) -> dict[str, np.ndarray]:
@@ -71,9 +73,12 @@ def _only_params(content: bytes, path: Path) -> tuple[bytes, str]:
     """The content of an archive's only .params member, and a name for messages. Nothing is put on the disk."""
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            members = [member for member in archive if _is_params(member.name)]
+            members = list(islice(archive, _MAX_MEMBERS + 1))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path}: not a whole archive ({error})") from error
+    if len(members) > _MAX_MEMBERS:
+        raise WeightsError(f"{path}: an archive of more than {_MAX_MEMBERS} members; pack the .params file alone")
+    members = [member for member in members if _is_params(member.name)]
     found = ", ".join(repr(member.name) for member in members[:5]) or "none"
     if len(members) != 1:
         raise WeightsError(f"{path}: an archive is read if it holds one .params file; it holds {found}")

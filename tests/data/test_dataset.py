@@ -1,7 +1,9 @@
 import pickle
 import re
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from octvideo.data import dataset as dataset_module
-from octvideo.data.dataset import Batch, EvalDataset, Sample, TrainDataset, collate
-from octvideo.data.decode import open_video
+from octvideo.data import decode as decode_module
+from octvideo.data.dataset import Batch, EvalDataset, Replacing, Sample, TrainDataset, collate
+from octvideo.data.decode import MachineError, open_video
+from octvideo.data.decode_pyav import PyAVVideo
 from octvideo.data.lists import VideoList, read_list
-from octvideo.data.loader import Loader, TrainBatches
+from octvideo.data.loader import EvalBatches, Loader, TrainBatches
+from octvideo.errors import RunError
 
 TRAIN: dict[str, Any] = {
     "num_frames": 3,
@@ -76,7 +82,7 @@ def test_training_clips_are_frames_of_the_video(tmp_path: Path) -> None:
     frames = torch.from_numpy(rng.integers(0, 256, (60, 96, 160, 3), dtype=np.uint8))
 
     class FromMemory:
-        num_frames, fps = 60, 30.0
+        path, num_frames, fps, pixels = "a.mp4", 60, 30.0, 96 * 160
 
         def __enter__(self) -> "FromMemory":
             return self
@@ -90,7 +96,7 @@ def test_training_clips_are_frames_of_the_video(tmp_path: Path) -> None:
     train = TrainDataset(videos, **TRAIN)
     places = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset_module, "open_video", lambda path, decoder: FromMemory())
+        patch.setattr(dataset_module, "open_video", lambda path, decoder, max_pixels: FromMemory())
         for epoch in range(12):
             sample = train[(epoch, 0)]
             assert (sample.clips.shape, sample.label, sample.video, sample.error) == ((1, 3, 3, 96, 96), 3, 0, "")
@@ -189,8 +195,8 @@ def test_a_video_is_opened_once_and_every_frame_read_once(videos: VideoList, mon
     opened: list[str] = []
     read: list[int] = []
 
-    def counting(path: str, decoder: str) -> Any:
-        video = open_video(path, decoder)
+    def counting(path: str, decoder: str, max_pixels: int) -> Any:
+        video = open_video(path, decoder, max_pixels=max_pixels)
         frames = video.frames
         video.frames = lambda indices: read.extend(indices) or frames(indices)  # type: ignore[method-assign]
         opened.append(path)
@@ -204,6 +210,27 @@ def test_a_video_is_opened_once_and_every_frame_read_once(videos: VideoList, mon
     assert (read[0], read[-1]) == (0, 59)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 96 * 160 * 7])
+def test_frames_held_at_a_time_are_bounded_in_bytes(
+    videos: VideoList, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    """1 or 7 frames at a time: the same clips as 32 at a time."""
+    expected = EvalDataset(videos, **{**EVAL, "num_frames": 8})[0].clips
+    asked: list[int] = []
+    frames = PyAVVideo.frames
+    monkeypatch.setattr(PyAVVideo, "frames", lambda self, numbers: asked.append(len(numbers)) or frames(self, numbers))
+    monkeypatch.setattr(decode_module, "CHUNK_BYTES", chunk_bytes)
+    assert torch.equal(EvalDataset(videos, **{**EVAL, "num_frames": 8})[0].clips, expected)
+    assert max(asked) == (1 if chunk_bytes == 1 else 7) and sum(asked) == 16
+
+
+def test_a_strip_that_would_grow_without_limit(tmp_path: Path, write_clip: Callable[..., str]) -> None:
+    """64 x 2048 scaled to a short side of 320 would have 320 x 10240 pixels in each frame."""
+    list_file = write(tmp_path / "l.txt", f"{write_clip(tmp_path / 'strip.mp4', 2, size=(64, 2048))} 0")
+    sample = EvalDataset(read_list(list_file, num_classes=1), **EVAL)[0]
+    assert "strip.mp4: its frames are 2048x64; one side may be 16 times the other; cut it to" in sample.error
+
+
 def test_clips_are_contiguous_and_own_their_bytes(videos: VideoList) -> None:
     for sample in (TrainDataset(videos, **TRAIN)[(0, 0)], EvalDataset(videos, **EVAL)[2]):
         assert sample.clips.dtype == torch.uint8
@@ -212,6 +239,67 @@ def test_clips_are_contiguous_and_own_their_bytes(videos: VideoList) -> None:
 
 
 # ---- faults
+
+
+def test_larger_frames_than_allowed_are_not_decoded(videos: VideoList) -> None:
+    for kind, arguments, key in ((TrainDataset, TRAIN, (0, 0)), (EvalDataset, EVAL, 0)):
+        assert kind(videos, **arguments, max_pixels=96 * 160)[key].error == ""
+        error = kind(videos, **arguments, max_pixels=96 * 160 - 1)[key].error
+        assert (
+            "its frames have 160x96 = 15360 pixels; at most 15359 are decoded" in error and "DATA.MAX_PIXELS" in error
+        )
+    with pytest.raises(ValueError, match="max_pixels is 0; it must be at least 1"):
+        TrainDataset(videos, **TRAIN, max_pixels=0)
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """The system opens no further file for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_fault_of_the_machine_is_not_a_failed_sample(videos: VideoList) -> None:
+    """It would be counted as wrong in a test, and replaced within the budget in training."""
+    for kind, arguments, key in ((TrainDataset, TRAIN, (0, 0)), (EvalDataset, EVAL, 0)):
+        samples = Replacing(kind(videos, **arguments), 0) if kind is TrainDataset else kind(videos, **arguments)
+        with (
+            no_descriptors(),
+            pytest.raises(
+                MachineError, match="Too many open files.*not a fault of the file: raise the limit of open files"
+            ),
+        ):
+            samples[key]
+
+
+def test_no_memory_for_the_frames(videos: VideoList, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dataset_module, "scale_short_side", fails)
+    with pytest.raises(MachineError, match="not enough memory to decode it; not a fault of the file"):
+        EvalDataset(videos, **EVAL)[0]
+
+
+class Failing(Dataset[Sample]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Sample:
+        raise MachineError("a.mp4: cannot be opened (Too many open files); raise the limit")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_of_the_machine_in_a_worker(num_workers: int) -> None:
+    batches = EvalBatches(2, batch_size=1)
+    loader = Loader(Failing(), batches, path_of=str, num_workers=num_workers, timeout_s=20)
+    with pytest.raises(MachineError, match=r"a.mp4: cannot be opened .Too many open files.; raise the limit") as error:
+        next(iter(loader))
+    assert isinstance(error.value, RunError)
 
 
 def test_a_video_that_does_not_decode_is_a_sample_with_an_error(videos: VideoList) -> None:

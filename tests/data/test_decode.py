@@ -1,9 +1,13 @@
 """One contract for all decoders: the right frame or a DecodeError. The clips carry their frame numbers."""
 
 import contextlib
+import errno
 import functools
+import os
+import pickle
 import random
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -21,7 +25,21 @@ import torch
 from av.bitstream import BitStreamFilterContext
 from torch import Tensor
 
-from octvideo.data.decode import BACKENDS, DecodeError, MissingDecoderError, member_of, open_video, url_of
+from octvideo.data import decode as decode_module
+from octvideo.data.decode import (
+    BACKENDS,
+    MAX_PIXELS,
+    DecodeError,
+    MachineError,
+    MissingDecoderError,
+    check_machine,
+    frames_at_a_time,
+    member_of,
+    open_video,
+    url_of,
+)
+
+from ..memory import peak_memory
 
 REAL_VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
 NO_TIMES = "torchcodec goes by the timestamps, and those of this file are no use; use the decoder pyav"
@@ -755,3 +773,175 @@ def test_members_that_are_no_video(tmp_path: Path, backend: str) -> None:
     ) as caught:
         open_video(path, backend)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+# ---- limits
+
+
+def large(path: Path, codec: str, size: str, count: int = 2) -> str:
+    """Frames of one colour, of `size` (WxH)."""
+    width, height = map(int, size.split("x"))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        frame = av.VideoFrame(width, height, stream.pix_fmt)
+        for plane in frame.planes:
+            plane.update(bytes([128]) * plane.buffer_size)
+        for number in range(count):
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "name,codec", [("a.mp4", "mpeg4"), ("a.avi", "mjpeg"), ("a.mkv", "ffv1"), ("a.mp4", "libx264")]
+)
+def test_frames_above_the_limit_are_refused_before_they_are_decoded(
+    tmp_path: Path, name: str, codec: str, backend: str
+) -> None:
+    path = large(tmp_path / name, codec, "640x480", 3)
+    with contextlib.suppress(DecodeError), open_video(path, backend, max_pixels=640 * 480) as video:
+        assert video.pixels == 640 * 480 and video.frames([2]).shape == (1, 480, 640, 3)
+    with pytest.raises(
+        DecodeError, match=r"640x480 = 307200 pixels; at most 307199 .*MAX_PIXELS|above DATA.MAX_PIXELS 307199"
+    ):
+        open_video(path, backend, max_pixels=640 * 480 - 1).frames([0])
+
+
+def test_8k_is_within_the_limit_and_little_is_held_at_a_time(tmp_path: Path) -> None:
+    assert 7680 * 4320 < MAX_PIXELS < 8192 * 8192
+    path = large(tmp_path / "a.mp4", "mpeg4", "7680x4320", 1)
+    with open_video(path) as video:
+        assert frames_at_a_time(video) == 2
+        assert video.frames([0]).shape == (1, 4320, 7680, 3)
+
+
+def test_decord_decodes_ahead_without_a_limit(clip_file: ClipFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("decord")
+    from octvideo.data import decode_decord
+
+    path = clip_file("h264, gop 12")
+    for largest, message in ((96 * 160, ""), (96 * 160 - 1, "decord decodes 32 frames of 15360 pixels ahead, .* pyav")):
+        monkeypatch.setattr(decode_decord, "LARGEST", largest)
+        with pytest.raises(DecodeError, match=message) if message else contextlib.nullcontext():
+            open_video(path, "decord").close()
+
+
+def test_vast_frames_take_no_memory(tmp_path: Path) -> None:
+    """16000 x 16000 as MJPEG: a picture has 768 MB as RGB."""
+    small = Path(large(tmp_path / "a.avi", "mjpeg", "160x160")).read_bytes()
+    begin = small.index(b"\xff\xc0") + 5  # height and width in the header of the first picture
+    vast = small[:begin] + struct.pack(">HH", 16000, 16000) + small[begin + 4 :]
+    (tmp_path / "b.avi").write_bytes(vast)
+    with peak_memory() as peak, pytest.raises(DecodeError, match="b.avi: "), open_video(f"{tmp_path}/b.avi") as video:
+        video.frames([0])
+    assert peak[0] < 100 << 20
+
+
+def test_a_stream_that_changes_to_a_vast_size(tmp_path: Path, write_clip: Callable[..., str]) -> None:
+    parts = [write_clip(tmp_path / f"{side}.h264", 60, size=(side, side)) for side in (96, 480)]
+    with av.open(f"{tmp_path}/c.ts", "w") as new:
+        stream = None
+        for place, part in enumerate(parts):
+            with av.open(part) as old:
+                stream = stream or new.add_stream_from_template(old.streams.video[0])
+                packets = [packet for packet in old.demux(video=0) if packet.size]
+                for number, packet in enumerate(packets, 60 * place):
+                    packet.pts = packet.dts = 3600 * number
+                    packet.time_base, packet.stream = Fraction(1, 90000), stream
+                    new.mux(packet)
+    for limit, reason in (
+        (480 * 480 - 1, r"frame 60 has 480x480 = 230400 pixels; at most 230399 are decoded; .*DATA.MAX_PIXELS"),
+        (480 * 480 // 3, r"frame 60 of 120 cannot be decoded \(.*\)"),  # FFmpeg itself refuses
+    ):
+        with (
+            pytest.raises(DecodeError, match=f"c.ts: {reason}"),
+            open_video(f"{tmp_path}/c.ts", max_pixels=limit) as video,
+        ):
+            video.frames([60])
+    with open_video(f"{tmp_path}/c.ts") as video, pytest.raises(DecodeError, match="of another size"):
+        video.frames([59, 60])
+
+
+def test_frames_much_larger_than_the_container_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_video(large(tmp_path / "a.mp4", "mpeg4", "2560x1440", 8)) as video:
+        video.pixels = 100  # as a container may state
+        assert video.frames([1]).shape == (1, 1440, 2560, 3)
+        with pytest.raises(
+            DecodeError, match=r"its frames have 3686400 pixels, its container states 100; encode it again"
+        ):
+            video.frames([0] * 40)
+
+
+# ---- faults of the machine
+
+FAULTS = [errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN]
+
+
+@pytest.mark.parametrize("code", FAULTS)
+def test_faults_of_the_machine_when_a_video_is_opened(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "open", failing(code))
+    with pytest.raises(MachineError, match=rf"a.mp4: cannot be read \({os.strerror(code)}\); not a fault of the file"):
+        open_video("a.mp4")
+
+
+def failing(code: int) -> Callable[..., Any]:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        av.error.err_check(-code)
+
+    return fails
+
+
+def test_a_video_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "open", failing(errno.EACCES))
+    with pytest.raises(DecodeError, match=r"a.mp4: cannot be opened \(Permission denied\); allow this user to read it"):
+        open_video("a.mp4")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOMEM])
+def test_an_error_that_damaged_files_cause_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, clip_file: ClipFile
+) -> None:
+    """It is the machine's if a plain read, or an allocation, fails as well."""
+    path = clip_file("h264, gop 12")
+    with open_video(path) as video:
+        monkeypatch.setattr(type(video), "_restart", failing(code))
+        with pytest.raises(DecodeError, match=rf"frame 3 of 60 cannot be decoded \({os.strerror(code)}\)"):
+            video.frames([3])
+        for fault in (OSError(errno.EIO, "x"), OSError(errno.ESTALE, "x"), MemoryError()):
+
+            def fails(path: str, fault: Exception = fault) -> None:
+                raise fault
+
+            monkeypatch.setattr(decode_module, "_read_plainly", fails)
+            with pytest.raises(MachineError, match="not a fault of the file: (check the disk|lower DATA.NUM_WORKERS)"):
+                video.frames([3])
+
+
+def test_no_memory_to_decode_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_file: ClipFile) -> None:
+    monkeypatch.setattr(decode_module, "_SPARE", 1 << 62)
+    error = OSError(errno.ENOMEM, "Cannot allocate memory")
+    with pytest.raises(MachineError, match="not enough memory to decode it; not a fault of the file: lower DATA.NUM_W"):
+        check_machine(clip_file("h264, gop 12"), error)
+
+
+def test_a_decoder_without_a_number_of_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_file: ClipFile
+) -> None:
+    """decord and torchcodec give text alone: the file is opened once more to see why."""
+    path, error = clip_file("h264, gop 12"), RuntimeError("cannot open")
+    check_machine(path, error)
+    check_machine("gone.mp4", error)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(MachineError, match="Too many open files"):
+            check_machine(path, error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_machine_error_reaches_another_process_unchanged() -> None:
+    error = pickle.loads(pickle.dumps(MachineError("a.mp4: reason; remedy")))
+    assert (type(error), str(error)) == (MachineError, "a.mp4: reason; remedy")

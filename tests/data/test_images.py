@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import pickle
@@ -16,7 +17,7 @@ from torch import Tensor
 from octvideo.data import images as images_module
 from octvideo.data.augment import rand_augment
 from octvideo.data.dataset import Batch
-from octvideo.data.decode import DecodeError
+from octvideo.data.decode import DecodeError, MachineError
 from octvideo.data.images import ImageEvalDataset, ImageTrainDataset, read_image, read_images
 from octvideo.data.lists import ListError, VideoList
 from octvideo.data.loader import EvalBatches, Loader, TrainBatches
@@ -271,14 +272,57 @@ def test_a_folder_is_no_image(tmp_path: Path) -> None:
         read_image(str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("limit", [2399, 1000])  # Pillow warns of the first and refuses the second
-def test_too_many_pixels(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise(40, 60).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
-    assert read_image(f"{tmp_path}/a.png").size == (60, 40)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DecodeError, match=rf"more pixels than PIL.Image.MAX_IMAGE_PIXELS {limit} \(.*\); scale it"):
+    assert read_image(f"{tmp_path}/a.png", max_pixels=2400).size == (60, 40)
+    with pytest.raises(DecodeError, match=r"a.png: it has 60x40 = 2400 pixels; at most 2399 .* DATA.MAX_PIXELS"):
+        read_image(f"{tmp_path}/a.png", max_pixels=2399)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice its limit
+    with pytest.raises(DecodeError, match=r"more pixels than twice PIL.Image.MAX_IMAGE_PIXELS 1000 \(.*\); scale it"):
+        read_image(f"{tmp_path}/a.png")
+
+
+@pytest.mark.parametrize("kind", [ImageTrainDataset, ImageEvalDataset])
+def test_the_limit_of_pixels_is_that_of_the_dataset(kind: type, tmp_path: Path) -> None:
+    noise(40, 60).save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png 0\n")
+    images = read_images(str(tmp_path / "list.txt"), num_classes=1, prefix=str(tmp_path))
+    more: dict[str, Any] = {"flip": False, "seed": 0} if kind is ImageTrainDataset else {"short_side": 24}
+    for limit, failed in ((2400, False), (2399, True)):
+        sample = kind(images, crop=16, max_pixels=limit, **more)[(0, 0) if kind is ImageTrainDataset else 0]
+        assert ("at most 2399 are decoded" in sample.error) == failed
+    with pytest.raises(ValueError, match="max_pixels is 0; it must be at least 1"):
+        kind(images, crop=16, max_pixels=0, **more)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
+def test_a_fault_of_the_machine_is_not_one_of_the_image(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(
+        MachineError, match=rf"a.png: cannot be read \({os.strerror(code)}\); not a fault of the file: "
+    ):
+        read_image("a.png")
+
+
+def test_an_image_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(DecodeError, match=r"a.png: cannot be read \(Permission denied\); allow this user to read it"):
+        read_image("a.png")
+
+
+def test_an_image_for_which_there_is_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    noise(4, 6).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(MachineError, match="a.png: there is not enough memory to decode it; not a fault of the file"):
         read_image(f"{tmp_path}/a.png")
 
 

@@ -207,7 +207,7 @@ BAD = {
     "format": ({"format": np.array(2)}, "scores of format 2; this version reads format 1"),
     "no videos": ({"labels": np.zeros(0, np.int64), "names": np.zeros(0, "U1")}, "0 videos and 5 classes"),
     "vast": ({"logits": np.zeros((0, 10**8), np.float32)}, "100000000 classes are too many for one table"),
-    "pickle": ({"names": np.array([{}] * 6, object)}, "not a file of scores .Object arrays cannot be loaded"),
+    "pickle": ({"names": np.array([{}] * 6, object)}, "names.npy holds Python objects"),
 }  # fmt: skip
 
 

@@ -319,7 +319,7 @@ def test_files_that_do_not_do(data: Path, networks: list[Path], tested: list[tup
     state = checkpoint.load(networks[0])
     for classes, message in (
         (["a", "b"], "names of 2 classes, but MODEL.NUM_CLASSES is 8"),
-        ([1] * 8, "no list of names"),
+        ([1] * 8, "other.pt: classes[0] is 1; allowed: text"),
     ):
         checkpoint.save_weights(tmp_path / "other.pt", state["model"], classes=classes)
         assert message in run(*one, tmp_path / "other.pt", status=1)[1]

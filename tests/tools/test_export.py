@@ -123,7 +123,7 @@ def test_weights_of_another_alpha_are_remarked(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err == f"{path}: its weights were made with OCTAVE.ALPHA 0.5 (here 0.0)\n"
     assert export.main([*words, "OCTAVE.ALPHA", "0.5"]) == 0
     assert capsys.readouterr().err == ""
-    path = trained(tmp_path / "run", VIDEO, config=["?"])
+    path = trained(tmp_path / "run", VIDEO, config="[1]")
     assert export.main(words) == 0
     said = f"{path}: its weights were made with a configuration that cannot be read (not a mapping of sections"
     assert capsys.readouterr().err.startswith(said)

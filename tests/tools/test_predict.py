@@ -351,9 +351,9 @@ def test_damage_between_the_clips_leaves_no_half_video(
     videos: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Damaged:
-        def __init__(self, path: str, backend: str) -> None:
-            self.video = open_video(path, backend)
-            self.num_frames, self.fps = self.video.num_frames, self.video.fps
+        def __init__(self, path: str, backend: str, max_pixels: int) -> None:
+            self.video = open_video(path, backend, max_pixels=max_pixels)
+            self.num_frames, self.fps, self.pixels = self.video.num_frames, self.video.fps, self.video.pixels
 
         def __enter__(self) -> "Damaged":
             return self
@@ -416,7 +416,10 @@ def test_another_network_s_checkpoint(
 
 @pytest.mark.parametrize(
     "classes,message",
-    [(["a", "b"], "names 2 classes, but MODEL.NUM_CLASSES is 3"), ({"a": 0}, "class names are dict, not a list")],
+    [
+        (["a", "b"], "names 2 classes, but MODEL.NUM_CLASSES is 3"),
+        ({"a": 0}, "classes is a dict of 1; allowed: a list"),
+    ],
 )
 def test_names_of_another_number_of_classes(videos: Path, tmp_path: Path, classes: Any, message: str) -> None:
     path = save(tmp_path, classes=classes)

@@ -474,7 +474,7 @@ def test_a_budget_that_is_spent_ends_the_training(videos: Path, tmp_path: Path) 
 
 
 def test_a_decoder_that_is_not_installed(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: str) -> None:
+    def missing(path: str, max_pixels: int) -> None:
         raise MissingDecoderError("the decoder torchcodec cannot be loaded; pip install torchcodec==0.13.0")
 
     monkeypatch.setitem(BACKENDS, "torchcodec", missing)

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from datasets import motion
+from octvideo import command
 from tests.torture.compare import differences
 from tests.torture.killed_calls import KilledCalls
 from tools import run_net
@@ -92,6 +93,7 @@ class Trial:
         status = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, command.end_quietly)  # as octvideo.starting does for a program
             if self.setting.processes > 1:
                 world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.setting.processes, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")

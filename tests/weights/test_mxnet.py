@@ -207,7 +207,12 @@ class TestArchives:
 
     def test_what_unpacks_to_much_more(self, tmp_path: Path) -> None:
         path = write(tmp_path, gzip.compress(bytes(20 << 20)))
-        with pytest.raises(WeightsError, match="unpacks to more than 100 times its size"):
+        with pytest.raises(WeightsError, match="unpacks to more than 10 times its size"):
+            read_params(path)
+
+    def test_an_archive_of_very_many_members(self, tmp_path: Path) -> None:
+        path = write(tmp_path, archive({f"{number}.json": b"" for number in range(1001)}))
+        with pytest.raises(WeightsError, match="more than 1000 members"):
             read_params(path)
 
     def test_damaged_anywhere(self, tmp_path: Path) -> None:
