@@ -35,7 +35,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 from tqdm import tqdm
 
-from octvideo.data.decode import DecodeError, Video, chosen_backend, open_video
+from octvideo.data.decode import DecodeError, MachineError, Video, check_machine, chosen_backend, open_video
 from octvideo.data.lists import VideoList
 
 if TYPE_CHECKING or __package__:
@@ -118,6 +118,8 @@ def serve(function: Callable[[Any], Any], pipe: Connection, inherited: Sequence[
             return
         try:
             answer = function(task)
+        except MachineError as error:
+            answer = error
         except Exception as error:  # noqa: BLE001  # whatever a file brings about is that file's, and no one else's
             answer = Casualty(f"{type(error).__name__}: {error}")
         pipe.send(answer)
@@ -128,8 +130,8 @@ def outcomes(
 ) -> Iterator[tuple[Any, Any]]:
     """Yields (task, function(task)) as they are done, in `workers` processes.
 
-    A Casualty stands for the answer where the function raised, its process died, or it took longer than limit_s
-    seconds; such a process is replaced and the other tasks go on.
+    The answer is a Casualty if the function raised, its process died, or it took longer than limit_s seconds; such a
+    process is replaced and the other tasks continue. Raises the function's MachineError: no file is to blame for it.
     """
     waiting = iter(tasks)
     idle: list[Worker] = []
@@ -151,6 +153,8 @@ def outcomes(
                 task, answer = worker.task, worker.answer()
                 if not worker.pipe.closed:
                     idle.append(worker)
+                if isinstance(answer, MachineError):
+                    raise answer
                 yield task, answer
     finally:
         for worker in (*idle, *busy):
@@ -234,6 +238,7 @@ def examine(path: str, settings: Settings, opener: Callable[[str], Video] = open
         with av.open(f"file:{path}", metadata_errors="ignore") as container:
             pictures = survey(path, container, facts)
     except (FFmpegError, OSError) as error:
+        check_machine(path, error)
         facts.problems.append(f"unreadable: {error.strerror}")
     if any(problem.startswith(("unreadable", "no video")) for problem in facts.problems):
         return facts

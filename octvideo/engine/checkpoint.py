@@ -59,9 +59,10 @@ def _is_empty_dict(value: Any) -> bool:
 
 _WEIGHTS = dict_of(str, tensor)
 _SUMS = record({"total": number, "count": count})
-_NONE = leaf("None", lambda value: value is None)
+_OR_NONE = leaf("a number or None", lambda value: value is None)
 _METER = record(
-    dict.fromkeys(("loss", "correct", "part_loss", "part_correct"), _SUMS), {"grad_norm": either(number, _NONE)}
+    dict.fromkeys(("loss", "correct", "part_loss", "part_correct"), _SUMS),
+    {"grad_norm": either(number, _OR_NONE)},
 )
 _LIST = record({"digest": text, "videos": count})
 _BYTES = leaf("a tensor of bytes", lambda v: isinstance(v, Tensor) and v.dtype == torch.uint8 and v.dim() == 1)
@@ -73,7 +74,7 @@ _GROUP = record(
         **dict.fromkeys(("nesterov", "maximize"), flag),
     }
 )
-_MOMENTUM = record({}, {"momentum_buffer": either(tensor, _NONE)})
+_MOMENTUM = record({}, {"momentum_buffer": either(tensor, leaf("a tensor or None", lambda value: value is None))})
 _SCALER = record(
     {
         **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), positive),

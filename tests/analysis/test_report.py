@@ -294,7 +294,7 @@ def test_what_is_not_there_is_said() -> None:
         assert sentence in read.text
     assert read.tables["classes sortable"][1] == ["only", "0.0 %", "0", "1", "1", "-"]
     partly = " ".join(page().text.split())
-    assert "speed: train clips_per_s" in partly and "device memory: train memory_gb." in partly
+    assert "speed: train clips_per_s" in partly and "peak memory (GPU, or process on a CPU): train memory_gb." in partly
     assert "Not in the history: epoch top1, val top1." in partly
     counted = page(events=[{"event": "train", "epoch": 1, "loss": v} for v in (1.0, float("nan"))]).text
     assert "Left out, because not finite: 1 value." in counted

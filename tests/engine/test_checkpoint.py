@@ -172,7 +172,7 @@ def run_state() -> dict[str, Any]:
     optimizer.step()
     meter = Meter(torch.device("cpu"), World())
     return {
-        **{"format": checkpoint.FORMAT, "step": 3, "epoch": 1, "step_in_epoch": 1, "nonfinite_steps": 0},
+        **{"format": checkpoint.FORMAT, "step": 3, "epoch": 1, "clips_in_epoch": 4, "nonfinite_steps": 0},
         "model": model.state_dict(),
         "ema": dict(model.state_dict()),
         "optimizer": optimizer.state_dict(),
@@ -206,8 +206,8 @@ for _ in range(60):
     NESTED = [NESTED, NESTED]
 
 WRONG: list[tuple[Callable[[dict[str, Any]], None], str]] = [
-    (put("format", 3), "not a checkpoint of octvideo .format 2"),
-    (put("format", torch.zeros(2)), "not a checkpoint of octvideo .format 2"),
+    (put("format", 1), "not a checkpoint of octvideo .formats 2, 3"),
+    (put("format", torch.zeros(2)), "not a checkpoint of octvideo .formats 2, 3"),
     (drop("model"), "not a checkpoint of octvideo"),
     (drop("step"), "step is missing"),
     (drop("epoch"), "epoch is missing"),
@@ -217,7 +217,8 @@ WRONG: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put("step", torch.tensor(3)), r"step is a tensor of \(\); allowed"),
     (put("epoch", "1"), "epoch is text '1'; allowed: an integer"),
     (put("epoch", None), "epoch is None; allowed"),
-    (put("step_in_epoch", [1]), "step_in_epoch is a list of 1; allowed"),
+    (put("clips_in_epoch", [1]), "clips_in_epoch is a list of 1; allowed"),
+    (put("lists", {"train": {"digest": 1, "videos": 2}}), "lists.train.digest is 1; allowed"),
     (put("nonfinite_steps", float("nan")), "nonfinite_steps is nan; allowed"),
     (put("model", None), "model is None; allowed: a dict"),
     (put("model", torch.zeros(3)), r"model is a tensor of \(3,\); allowed: a dict"),

@@ -14,6 +14,7 @@ from octvideo.engine import checkpoint
 from octvideo.engine.checkpoint import CheckpointError
 from octvideo.engine.classes import ClassOrderError
 from octvideo.engine.distributed import DistributedError, World
+from octvideo.engine.meter import Meter
 from octvideo.jobs import resume
 from octvideo.jobs.resume import find_start
 
@@ -37,9 +38,12 @@ def model() -> torch.nn.Module:
 
 def saved(cfg: CfgNode, model: torch.nn.Module, **entries: Any) -> dict[str, Any]:
     """Leave a checkpoint of step 6 in OUTPUT_DIR, within an epoch unless clips_in_epoch is 0."""
+    random, meter = {"cpu": torch.get_rng_state()}, Meter(torch.device("cpu"), World()).state_dict()
     state = {
-        **{"model": model.state_dict(), "epoch": 1, "clips_in_epoch": 8, "optimizer": {}, "ranks": [{}], "classes": []},
-        **{"lists": LISTS, "config": cfg.dump(), "versions": {"octvideo": "0.1.0", "torch": str(torch.__version__)}},
+        **{"model": model.state_dict(), "epoch": 1, "clips_in_epoch": 8, "classes": [], "lists": LISTS},
+        **{"optimizer": build.optimizer(cfg, model).state_dict(), "scaler": {}, "nonfinite_steps": 0},
+        **{"failures": {"counts": {}, "reasons": {}}, "ranks": [{"random": random, "meter": meter}]},
+        **{"config": cfg.dump(), "versions": {"octvideo": "0.1.0", "torch": str(torch.__version__)}},
         **entries,
     }
     checkpoint.save(Path(cfg.OUTPUT_DIR), 6, state, keep=1)
@@ -132,9 +136,9 @@ def test_classes_in_another_order_are_refused(cfg: CfgNode, model: torch.nn.Modu
 
 
 def test_versions_are_recorded(cfg: CfgNode, model: torch.nn.Module) -> None:
-    saved(cfg, model, versions={"torch": "1.0"})
+    saved(cfg, model, versions={"octvideo": "0.0", "torch": "1.0"})
     lines = find_start(cfg, model, LISTS, [], World()).changed
-    assert lines == ["octvideo None (here 0.1.0)", f"torch '1.0' (here {torch.__version__})"]
+    assert lines == ["octvideo '0.0' (here 0.1.0)", f"torch '1.0' (here {torch.__version__})"]
 
 
 @pytest.mark.parametrize("batch", [4, 6])
@@ -142,7 +146,7 @@ def test_a_checkpoint_that_counts_steps_is_read(cfg: CfgNode, model: torch.nn.Mo
     """Format 2 had the steps within the epoch, of the batch size of that run."""
     tree = yaml.safe_load(cfg.dump())
     tree["TRAIN"]["BATCH_SIZE"] = batch
-    state = saved(cfg, model, step_in_epoch=2, config=yaml.safe_dump(tree), format=2)
+    state = {**saved(cfg, model, config=yaml.safe_dump(tree)), "step_in_epoch": 2, "format": 2}
     state.pop("clips_in_epoch")
     state.pop("lists")
     checkpoint.save(Path(cfg.OUTPUT_DIR), 6, state, keep=1)
