@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  # torch imports it at its first network, which takes every forked process 2 s
+
 from datasets import motion
 from octvideo import command
 from tests.torture.compare import differences

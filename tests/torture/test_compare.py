@@ -14,17 +14,17 @@ from octvideo.engine.log import Log
 
 from .compare import differences
 
+SUMS = {key: {"total": 1.0, "count": 4} for key in ("loss", "correct", "part_loss", "part_correct")}
+GROUP = {"params": [0], "lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
+SCALER = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": 0}
 STATE = {
-    **{
-        "model": {"w": torch.ones(3)},
-        "ema": {"w": torch.ones(3)},
-        "epoch": 1,
-        "clips_in_epoch": 0,
-        "scaler": {"scale": 2.0},
+    **{"model": {"w": torch.ones(3)}, "ema": {"w": torch.ones(3)}, "epoch": 1, "clips_in_epoch": 0, "scaler": SCALER},
+    "optimizer": {
+        "state": {0: {"momentum_buffer": torch.zeros(3)}},
+        "param_groups": [{**GROUP, "nesterov": False, "maximize": False}],
     },
-    "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
-    "ranks": [{"random": {"cpu": torch.arange(4, dtype=torch.uint8)}, "meter": {"loss": {"total": 1.0, "count": 4}}}],
-    **{"config": "", "versions": {}, "failures": {"counts": {}}},
+    "ranks": [{"random": {"cpu": torch.get_rng_state()}, "meter": {**SUMS, "grad_norm": None}}],
+    **{"config": "", "versions": {"octvideo": "", "torch": ""}, "failures": {"counts": {}, "reasons": {}}},
 }
 
 
@@ -85,7 +85,7 @@ CHANGES = {
     "checkpoint: optimizer": in_state(
         lambda s: s["optimizer"]["state"][0]["momentum_buffer"].neg_()
     ),  # -0.0 is not 0.0
-    "checkpoint: ranks": in_state(lambda s: s["ranks"][0]["random"]["cpu"].add_(1)),
+    "checkpoint: ranks": in_state(lambda s: s["ranks"][0]["random"]["cpu"][-1].add_(1)),
     "checkpoint: scaler": in_state(lambda s: s["scaler"].update(scale=1.0)),
     "checkpoint: failures": in_state(lambda s: s["failures"]["counts"].update({3: 1})),
     "history, event 1": in_history(lambda events: events[2].update(loss=0.7)),
