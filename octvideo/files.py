@@ -71,7 +71,7 @@ def path_argument(text: str) -> Path:
 
 
 def tried(path: str | Path) -> str:
-    """Return, for a message, the absolute path that a relative one stands for, and the current folder; "" for others."""
+    """Return, for a message, the absolute path of a relative one, and the current folder; "" for others."""
     if Path(path).is_absolute():
         return ""
     return f" (tried {shown(str(Path(path).absolute()), 300)} from the current folder)"

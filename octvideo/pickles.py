@@ -1,6 +1,6 @@
 """Pickles read as data: their instructions are followed here, and nothing that a pickle names is imported or called.
 
-pickle.Unpickler with a find_class of its own would not do: it allocates memory for sizes that a file merely claims, and
+pickle.Unpickler with another find_class would not do: it allocates memory for sizes that a file merely claims, and
 hashes keys nested deep enough to overflow the C stack.
 """
 
@@ -30,7 +30,7 @@ _INT64 = 1 << 63
 
 
 class Maker(Protocol):
-    """What a pickle's names, calls, states and persistent identities stand for. Each may raise pickle.UnpicklingError."""
+    """What a pickle's names, calls, states and persistent identities mean. Each may raise pickle.UnpicklingError."""
 
     def find(self, module: str, name: str) -> Any: ...
 

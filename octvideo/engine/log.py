@@ -43,7 +43,7 @@ class Log:
             raise write_error(self.path, error, "nothing was started") from error
         with self._board_errors():
             self.board = Board(folder / "tensorboard", purge_step=step)
-            for record in here:  # TensorBoard forgets step `step` as a whole
+            for record in here:  # TensorBoard drops all points of this step
                 self._to_board(record)
 
     def _end_line(self) -> list[dict[str, Any]]:

@@ -157,7 +157,7 @@ class Meeting:
         return "all ranks answer, but they cannot exchange data: check the network between their machines"
 
     def _answer(self) -> None:
-        """Answer the question of another rank, once, from a thread of its own: with the place of the main thread."""
+        """Answer the question of another rank, once, from a separate thread: with the place of the main thread."""
         with contextlib.suppress(RuntimeError):  # the store is gone, and so is the run
             while not self._ended.wait(ANSWER_S / 5):
                 if self._answering.check(["question"]):

@@ -51,7 +51,7 @@ def _environment(count: int) -> dict[str, str]:
 
 
 class _Ranks:
-    """Processes, each in a session of its own, so that a ctrl-C in a terminal reaches the launcher alone.
+    """Processes, each in a separate session, so that a ctrl-C in a terminal reaches the launcher alone.
 
     A signal is noted when it arrives and forwarded from the waiting loop: exactly once to every rank, also if it arrives
     while some ranks have not started. Signals that the launcher was started to ignore (nohup) are not forwarded.

@@ -86,7 +86,7 @@ def _job_name(name: str) -> str:
 
 
 def _fresh(folder: Path) -> Path:
-    """A folder of its own for every submission: job numbers may begin again, and old results would be taken for new."""
+    """Create a new folder for every submission: job numbers may repeat, and old results would be taken for new ones."""
     for number in range(1000):
         path = folder.with_name(f"{folder.name}-{number}") if number else folder
         try:

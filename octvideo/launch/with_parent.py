@@ -3,7 +3,7 @@
 python -I -S with_parent.py PARENT COMMAND [ARGUMENT ...]
 
 PARENT: process number of the parent, which may have ended before this file asks for the signal. Linux only: elsewhere the
-command starts without that link to its parent. This is a program of its own, because what `subprocess` calls between fork
+command starts without that link to its parent. This is a separate program, because what `subprocess` calls between fork
 and exec (preexec_fn) is not safe in a process with threads.
 """
 

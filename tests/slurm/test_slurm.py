@@ -255,7 +255,7 @@ def test_evaluate_as_a_job(data: Path, local: Path, tmp_path: Path) -> None:
         evaluate.main([*WHOLE, "--wait", *test, *Run(data, tmp_path / "job", 1, "TEST.ENABLE", "True").arguments]) == 0
     )
     here, job = (json.loads((tmp_path / name / "test.json").read_text()) for name in ("here", "job"))
-    for name in set(here) - {"clips_per_s"}:
+    for name in set(here) - {"clips_per_s", "tested"}:
         assert job[name] == (pytest.approx(here[name], rel=1e-4) if isinstance(here[name], float) else here[name]), name
     assert here["views"] == 6 and here["videos_scored"] == 8
 

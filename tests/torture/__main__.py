@@ -66,7 +66,7 @@ SETTINGS = {
 
 @dataclass
 class Trial:
-    """A setting in a folder of its own. events: what was done to it, in words."""
+    """A setting in a separate folder. events: what was done to it, in words."""
 
     setting: Setting
     data: Path
