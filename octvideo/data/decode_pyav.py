@@ -303,8 +303,8 @@ class PyAVVideo:
 
 def _open_stream(path: str, max_pixels: int) -> tuple[InputContainer, VideoStream]:
     """The container and its best video stream, set to one decoding thread and to pictures of at most `max_pixels`."""
-    # FFmpeg stops above this before it allocates, when it opens the file, too, and at each change of size within the stream. It
-    # compares widths that it rounds up.
+    # FFmpeg stops above this before it allocates, also when it opens the file and at each change of size within the stream.
+    # It compares widths that it rounds up.
     limit = {"max_pixels": str(2 * max_pixels)}
     try:
         # Tags in an old encoding are no reason to refuse a video.
