@@ -174,8 +174,8 @@ def interrupt(trial: Trial, seconds: float, calls: int) -> None:
             trial.events.append(f"{signal.Signals(chosen).name} after {after:.2f} s")
             status = trial.start(stop=(chosen, after))
             allowed = {0, -chosen, 128 + chosen}
-            if trial.setting.processes > 1:  # a rank that has not yet installed its handlers ends, and the other one fails
-                allowed.add(1)
+            if trial.setting.processes > 1:
+                allowed.add(1)  # a rank that has not yet installed its handlers ends, and the other one fails
         trial.events[-1] += f" -> {status}"
         assert status in allowed, f"status {status}"
         if status == 0:
