@@ -127,7 +127,8 @@ def test_a_death_does_not_interrupt_the_program_and_is_reported_at_the_next_batc
     end = time.monotonic() + 0.3
     while time.monotonic() < end:  # bytecode, such as that of a training step
         assert signal.getsignal(signal.SIGCHLD) == before
-    with pytest.raises(LoaderError, match=rf"worker {victim} was killed \(SIGKILL\).*no file is to blame"):
+    where = r"(no file is to blame|it was reading clips/\d+\.mp4)"  # it may have begun its next batch by then
+    with pytest.raises(LoaderError, match=rf"worker {victim} was killed \(SIGKILL\).*{where}"):
         next(batches)
 
 
