@@ -105,7 +105,7 @@ def _end_of_segments(data: Data, at: int, end: int) -> int:
 
 
 def _matroska_element(data: Data, at: int) -> int | None:
-    """Step over an element, or into one of unknown length, as it is written to a pipe (RFC 8794)."""
+    """Step over an element, or into one of unknown length, which writers to a pipe leave (RFC 8794)."""
     id_length, size_at = 9 - data[at].bit_length(), at + 9 - data[at].bit_length()
     if data[at : min(size_at, at + 4)] not in MATROSKA_IDS:
         return at + 5 if len(data) - at < id_length <= 4 else None
@@ -119,7 +119,7 @@ def _matroska_element(data: Data, at: int) -> int | None:
 
 
 def _riff_chunk(data: Data, at: int) -> int | None:
-    """Step over a RIFF, or into one of unknown length, as it is written to a pipe."""
+    """Step over a RIFF, or into one of unknown length, which writers to a pipe leave."""
     kind, size = struct.unpack_from("<4sI", data, at)
     if kind in (b"RIFF", b"LIST") and size in (0, UNKNOWN):
         return at + 12

@@ -83,7 +83,7 @@ def test_an_append_is_complete_or_leaves_the_file_as_long_as_it_was(
     append(path, "1\n")
     append(path, "\udcff\n")  # a name that is not UTF-8
     assert path.read_text() == "1\n\\udcff\n"
-    # a limit on the size of files stands for a full disk: the kernel writes a part of the line
+    # a limit on the size of files simulates a full disk: the kernel writes a part of the line
     code = (
         "import resource, signal, sys; from pathlib import Path; from octvideo.files import append, WriteError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"

@@ -1,7 +1,6 @@
 """What a file of weights is and what it holds, by its content and never by its name. Nothing here writes.
 
-A pickle is a program. Its instructions are followed by octvideo.pickles, for which no name in a file stands for anything
-that could run.
+A pickle is a program. octvideo.pickles follows its instructions as data: no name in a file leads to code that runs.
 """
 
 from __future__ import annotations

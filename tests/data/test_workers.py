@@ -67,7 +67,7 @@ def message_of(loader: Loader, within_s: float) -> str:
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """Return what work() returns in a process of its own, whose limits and mounts it may change."""
+    """Return what work() returns in a separate process, whose limits and mounts it may change."""
     context = multiprocessing.get_context("fork")
     ours, its = context.Pipe()
     process = context.Process(target=lambda: its.send(work()))

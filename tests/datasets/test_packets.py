@@ -11,6 +11,6 @@ def test_zero_runs(tmp_path: Path) -> None:
     block = packets.ZERO_BLOCK
     path = tmp_path / "a"
     path.write_bytes(b"x" * block + bytes(300 * block) + b"x" * (2 * block - 1) + bytes(block) + b"x")
-    assert packets.zero_runs(str(path)) == [(block, 301 * block)]  # the second run fills no block of its own
+    assert packets.zero_runs(str(path)) == [(block, 301 * block)]  # the second run fills no complete block
     path.write_bytes(b"")
     assert packets.zero_runs(str(path)) == []

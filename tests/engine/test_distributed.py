@@ -201,7 +201,7 @@ def free_port() -> int:
 
 
 def answers_of(work: Any, ranks: int, missing: int | None = None) -> dict[int, Any]:
-    """Rank r -> what work(World of rank r) returns, or the message that it raises, in a process of its own for each rank.
+    """Rank r -> what work(World of rank r) returns, or the message that it raises, in a separate process for each rank.
 
     missing: a rank that does not answer, and is killed at the end.
     """

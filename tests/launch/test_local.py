@@ -74,7 +74,7 @@ def until(true: Callable[[], object], seconds: float = 30) -> None:
 
 
 class Launcher:
-    """A launcher of two ranks as a process of its own, in a process group of its own, as a shell starts it."""
+    """A launcher of two ranks as a separate process in a separate process group, as a shell starts it."""
 
     def __init__(self, tool: Path, what: str, *before: str) -> None:
         command = [*before, sys.executable, "-c", LAUNCHER, str(tool), what]
